@@ -1,0 +1,280 @@
+"""The engine for many clients at once: a thread that steps, and an asyncio stream for each request.
+
+The thread launches step k + 1 before it hands out the tokens of step k, so that detokenizing and waking the clients
+overlap with the model. Whatever ends the thread ends every stream with a typed error: nothing waits for an engine that
+is gone.
+"""
+
+import asyncio
+import heapq
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from rayllm.scheduler.scheduler import SequenceOutput
+
+from rayllm.core.config import EngineConfig
+from rayllm.core.errors import (
+    DeadlineExceededError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    RayLLMError,
+    RequestAbortedError,
+)
+from rayllm.core.types import Request
+from rayllm.engine.build import EngineParts, ExecutorFactory, build_engine, prepare, start_local
+from rayllm.engine.output_processor import OutputProcessor
+from rayllm.engine.outputs import OutputDelta
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot. The token counters only grow; `last_step_age_s` is 0 while there is nothing to do."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    free_blocks: int
+    total_blocks: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    preemptions: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    last_step_age_s: float
+
+
+class _Stream:
+    """The pieces of one request on their way to its reader; a reader that lags finds them merged, so that what
+    waits here is never more than the answer itself."""
+
+    def __init__(self, request: Request) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.deadline = request.deadline
+        self.unfinished = request.params.n
+        self._pending: dict[int, OutputDelta] = {}
+        self._error: RayLLMError | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, item: OutputDelta | RayLLMError) -> None:
+        """On the reader's event loop."""
+        if isinstance(item, RayLLMError):
+            self._error = self._error or item
+        elif (pending := self._pending.get(item.index)) is not None:
+            pending.extend(item)
+        else:
+            self._pending[item.index] = item
+        self._ready.set()
+
+    async def next(self) -> list[OutputDelta]:
+        await self._ready.wait()
+        self._ready.clear()
+        pending = list(self._pending.values())
+        self._pending.clear()
+        if self._error is not None and not pending:
+            raise self._error
+        if self._error is not None:
+            self._ready.set()
+        self.unfinished -= sum(delta.finish_reason is not None for delta in pending)
+        return pending
+
+
+class AsyncEngine:
+    """`stall_timeout_s`: a step that takes longer, while there is work, makes `check_health` fail."""
+
+    def __init__(self, parts: EngineParts, *, stall_timeout_s: float = 120.0) -> None:
+        self.tokenizer = parts.tokenizer
+        self.limits = parts.limits
+        self._engine = parts.engine
+        self._processor = OutputProcessor(parts.tokenizer)
+        self._streams: dict[str, _Stream] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._stall_timeout_s = stall_timeout_s
+        self._changed = threading.Condition(self._engine.lock)
+        self._draining = False
+        self._closing = False
+        self._failure: EngineUnavailableError | None = None
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, config: EngineConfig, start_executor: ExecutorFactory = start_local) -> Self:
+        """Raises ConfigError or CheckpointError when the model cannot be loaded."""
+        return cls(build_engine(prepare(config), start_executor))
+
+    async def generate(self, request: Request) -> AsyncIterator[OutputDelta]:
+        """The answer's pieces as they come, those of the `n` sequences interleaved. Closing it aborts the request.
+
+        Raises InvalidRequestError, CapacityError (the queue is full) or EngineUnavailableError before the first piece;
+        DeadlineExceededError, RequestAbortedError or EngineUnavailableError after any.
+        """
+        self.limits.check(request.prompt_token_ids, request.params)
+        stream = _Stream(request)
+        self._open(request, stream)
+        try:
+            while stream.unfinished:
+                for delta in await stream.next():
+                    yield delta
+        finally:
+            self._end(request.request_id)
+
+    def abort(self, request_id: str) -> bool:
+        """Its stream ends with RequestAbortedError. False: no such request is live."""
+        with self._changed:
+            return self._end(request_id, RequestAbortedError(f"request {request_id} was aborted"))
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            scheduler = self._engine.scheduler
+            return EngineStats(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                waiting_tokens=scheduler.waiting_tokens,
+                free_blocks=scheduler.free_blocks,
+                total_blocks=scheduler.num_blocks,
+                prefix_hit_tokens=scheduler.prefix_hit_tokens,
+                prefix_query_tokens=scheduler.prefix_query_tokens,
+                preemptions=scheduler.preemptions,
+                steps=self._engine.num_steps,
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens,
+                last_step_age_s=time.monotonic() - self._last_progress if self._engine.has_work else 0.0,
+            )
+
+    def check_health(self) -> None:
+        """Health is progress. Raises EngineUnavailableError when the engine is lost or a step is overdue."""
+        if self._failure is not None:
+            raise self._failure
+        age = self.stats().last_step_age_s
+        if age > self._stall_timeout_s:
+            raise EngineUnavailableError(f"no step was completed for {age:.0f} s although there is work")
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the scheduler's books do not balance."""
+        with self._changed:
+            self._engine.scheduler.check_integrity()
+
+    async def close(self, *, drain_timeout_s: float = 0.0) -> None:
+        """Refuse new requests, let the running ones finish for up to `drain_timeout_s`, then end the rest."""
+        self._draining = True
+        give_up = time.monotonic() + drain_timeout_s
+        while self._streams and self._failure is None and time.monotonic() < give_up:
+            await asyncio.sleep(0.02)
+        with self._changed:
+            self._closing = True
+            self._end_all(EngineUnavailableError("the server is shutting down"))
+            self._changed.notify_all()
+        await asyncio.to_thread(self._thread.join)
+        self._engine.close()
+
+    def _open(self, request: Request, stream: _Stream) -> None:
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            if self._draining:
+                raise EngineUnavailableError("the server is shutting down")
+            if request.deadline is not None and request.deadline <= time.monotonic():
+                raise DeadlineExceededError("the deadline had passed when the request arrived")
+            if request.request_id in self._streams:
+                raise InvalidRequestError("request_id", f"{request.request_id!r} is in use by a live request")
+            if not self._engine.has_work:
+                self._last_progress = time.monotonic()
+            self._engine.add(request)
+            self._processor.add(request)
+            self._streams[request.request_id] = stream
+            self._prompt_tokens += len(request.prompt_token_ids)
+            if request.deadline is not None:
+                heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+            self._changed.notify_all()
+
+    def _end(self, request_id: str, error: RayLLMError | None = None) -> bool:
+        with self._changed:
+            stream = self._streams.pop(request_id, None)
+            if stream is None:
+                return False
+            self._engine.abort(request_id)
+            self._processor.remove(request_id)
+            if error is not None:
+                _send([(stream, error)])
+            self._changed.notify_all()
+            return True
+
+    def _end_all(self, error: RayLLMError) -> None:
+        for request_id in list(self._streams):
+            self._end(request_id, error)
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except EngineUnavailableError as error:
+            self._fail(error)
+        except Exception:
+            # A bug here must end the streams, not leave them waiting.
+            logger.exception("the engine stopped on an internal error")
+            self._fail(EngineUnavailableError("the engine stopped on an internal error"))
+
+    def _loop(self) -> None:
+        outputs: list[SequenceOutput] = []
+        while True:
+            with self._changed:
+                while not (self._closing or outputs or self._engine.has_work):
+                    self._changed.wait()
+                if self._closing:
+                    return
+                self._expire()
+            self._engine.launch()
+            self._deliver(outputs)
+            steps = self._engine.num_steps
+            outputs = self._engine.finish()
+            if self._engine.num_steps > steps:
+                self._last_progress = time.monotonic()
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            stream = self._streams.get(request_id)
+            if stream is not None and stream.deadline == deadline:
+                self._end(request_id, DeadlineExceededError("the deadline passed before the answer was complete"))
+
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
+        if not outputs:
+            return
+        items: list[tuple[_Stream, OutputDelta | RayLLMError]] = []
+        with self._changed:
+            for request_id, delta in self._processor.process(outputs):
+                if isinstance(delta.stop_reason, str):
+                    self._engine.abort(request_id, delta.index)
+                items.append((self._streams[request_id], delta))
+            self._generated_tokens += len(items)
+        _send(items)
+
+    def _fail(self, error: EngineUnavailableError) -> None:
+        with self._changed:
+            self._failure = error
+            self._end_all(error)
+
+
+def _send(items: Iterable[tuple[_Stream, OutputDelta | RayLLMError]]) -> None:
+    """One wake-up per event loop, however many streams it has."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta | RayLLMError]]] = defaultdict(list)
+    for stream, item in items:
+        by_loop[stream.loop].append((stream, item))
+    for loop, batch in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_put_all, batch)
+
+
+def _put_all(batch: list[tuple[_Stream, OutputDelta | RayLLMError]]) -> None:
+    for stream, item in batch:
+        stream.put(item)

@@ -1,0 +1,134 @@
+"""Puts an engine together: checkpoint, layout, tokenizer, executor, scheduler, limits, in that order.
+
+Everything that can be refused without reading weights is refused first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from rayllm.core.limits import ModelLimits
+from rayllm.core.tokenizer import Tokenizer
+from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.hub import resolve_model
+from rayllm.models.spec import DecoderSpec
+from rayllm.parallel.load import check_layout
+from rayllm.parallel.mesh import Mesh
+from rayllm.scheduler.scheduler import Scheduler
+
+from rayllm.core.config import EngineConfig
+from rayllm.core.errors import ConfigError
+from rayllm.engine.engine import Engine
+from rayllm.engine.executor import Executor, LocalExecutor
+from rayllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
+
+
+class ShardConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a rank needs to load its shard; sent to it as msgpack."""
+
+    directory: str
+    engine: EngineConfig
+    max_model_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A checkpoint that was checked against the configuration, weights unread."""
+
+    config: EngineConfig
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    max_model_len: int
+
+    @property
+    def shard(self) -> ShardConfig:
+        return ShardConfig(
+            directory=str(self.checkpoint.directory), engine=self.config, max_model_len=self.max_model_len
+        )
+
+
+class ExecutorFactory(Protocol):
+    """Starts the ranks; returns the executor and how many KV blocks each of them holds."""
+
+    def __call__(self, prepared: Prepared) -> tuple[Executor, int]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineParts:
+    engine: Engine
+    tokenizer: Tokenizer
+    limits: ModelLimits
+
+
+def prepare(config: EngineConfig) -> Prepared:
+    """Raises ConfigError or CheckpointError before any weight is read."""
+    checkpoint = Checkpoint.open(resolve_model(config.model.model))
+    check_layout(checkpoint.spec, config.parallel.tensor, config.parallel.pipeline)
+    return Prepared(
+        config=config,
+        checkpoint=checkpoint,
+        tokenizer=Tokenizer.load(checkpoint.directory),
+        max_model_len=_max_model_len(config, checkpoint.spec),
+    )
+
+
+def build_engine(prepared: Prepared, start_executor: ExecutorFactory) -> EngineParts:
+    config, spec = prepared.config, prepared.checkpoint.spec
+    executor, num_blocks = start_executor(prepared)
+    scheduler = Scheduler(
+        config.scheduler,
+        num_blocks=num_blocks,
+        block_size=config.cache.block_size,
+        max_model_len=prepared.max_model_len,
+        eos_token_ids=prepared.tokenizer.eos_token_ids,
+        in_flight=executor.in_flight,
+        cache_key=_cache_key(spec),
+    )
+    limits = ModelLimits(
+        max_model_len=prepared.max_model_len,
+        vocab_size=spec.vocab_size,
+        max_request_tokens=num_blocks * config.cache.block_size,
+    )
+    return EngineParts(engine=Engine(scheduler, executor), tokenizer=prepared.tokenizer, limits=limits)
+
+
+def start_local(prepared: Prepared) -> tuple[Executor, int]:
+    """One rank in this process."""
+    if prepared.config.parallel.world_size != 1:
+        raise ConfigError("a model in this process has one shard; tensor or pipeline parallel ranks need Ray")
+    runner = load_runner(prepared.shard, Mesh.single())
+    runner.init_cache(runner.num_blocks_that_fit)
+    return LocalExecutor(runner), runner.num_blocks_that_fit
+
+
+def load_runner(shard: ShardConfig, mesh: Mesh) -> ModelRunner:
+    checkpoint = Checkpoint.open(Path(shard.directory))
+    device = resolve_device(shard.engine.model.device)
+    return ModelRunner(
+        checkpoint,
+        mesh,
+        shard.engine,
+        max_model_len=shard.max_model_len,
+        dtype=resolve_dtype(shard.engine.model.dtype, checkpoint, device),
+        device=device,
+    )
+
+
+def _max_model_len(config: EngineConfig, spec: DecoderSpec) -> int:
+    asked, trained = config.model.max_model_len, spec.max_position_embeddings
+    if asked is None:
+        return trained
+    if spec.rope is None and asked > trained:
+        raise ConfigError(f"max_model_len: {asked} is more than the {trained} positions that the model has learned")
+    return asked
+
+
+def _cache_key(spec: DecoderSpec) -> Callable[[int], bytes]:
+    """Dynamic NTK rotates a prompt by its own length once that passes the original one: no sharing across lengths."""
+    rope = spec.rope
+    if rope is None or rope.type != "dynamic":
+        return lambda prompt_len: b""
+    original = rope.original_max_position_embeddings
+    return lambda prompt_len: b"" if prompt_len <= original else prompt_len.to_bytes(8, "little")

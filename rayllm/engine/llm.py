@@ -1,0 +1,170 @@
+"""`LLM(...).generate(...)`: the engine offline, in the shape that vLLM's users know."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Self, cast
+
+from rayllm.core.tokenizer import Tokenizer
+
+from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from rayllm.core.errors import InvalidRequestError
+from rayllm.core.types import Request, SamplingParams
+from rayllm.engine.build import build_engine, prepare, start_local
+from rayllm.engine.output_processor import OutputProcessor
+from rayllm.engine.outputs import CompletionOutput, OutputDelta, RequestOutput
+
+Prompt = str | list[int]
+
+
+class LLM:
+    """A model for offline use: in this process for one shard, as Ray actors for several.
+
+    Raises ConfigError or CheckpointError when the model cannot be loaded. Close it (or use it as a context manager)
+    to end the shards.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        cache: CacheConfig | None = None,
+        scheduler: SchedulerConfig | None = None,
+    ) -> None:
+        unbounded = 1 << 62  # the whole work list is handed over at once
+        config = EngineConfig(
+            model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len),
+            parallel=ParallelConfig(tensor=tensor_parallel_size, pipeline=pipeline_parallel_size),
+            cache=cache or CacheConfig(),
+            scheduler=replace(
+                scheduler or SchedulerConfig(), max_waiting_requests=unbounded, max_waiting_tokens=unbounded
+            ),
+        )
+        prepared = prepare(config)
+        if config.parallel.world_size == 1:
+            parts = build_engine(prepared, start_local)
+        else:
+            from rayllm.engine.ray_executor import start_ray
+
+            parts = build_engine(prepared, start_ray)
+        self.tokenizer: Tokenizer = parts.tokenizer
+        self.limits = parts.limits
+        self._engine = parts.engine
+        self._processor = OutputProcessor(parts.tokenizer)
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers in the order of the prompts; `on_output` hears of each as it is done.
+
+        Raises InvalidRequestError for a bad prompt before any of them is run.
+        """
+        requests, outputs = self._requests(_as_list(prompts), sampling_params)
+        for request in requests:
+            self._processor.add(request)
+            self._engine.add(request)
+        try:
+            while self._engine.has_work:
+                for request_id, delta in self._processor.process(self._engine.step()):
+                    if isinstance(delta.stop_reason, str):
+                        self._engine.abort(request_id, delta.index)
+                    _collect(outputs[request_id], delta)
+                    if on_output is not None and not self._processor.is_live(request_id):
+                        on_output(outputs[request_id])
+        finally:
+            for request in requests:
+                self._engine.abort(request.request_id)
+                self._processor.remove(request.request_id)
+        return list(outputs.values())
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        sampling_params: SamplingParams | None = None,
+    ) -> RequestOutput:
+        """The answer to one conversation, by the tokenizer's own chat template."""
+        return self.generate(self.tokenizer.chat(messages), sampling_params)[0]
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _requests(
+        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[Request], dict[str, RequestOutput]]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidRequestError("sampling_params", f"{len(params)} given for {len(prompts)} prompts")
+        requests: list[Request] = []
+        outputs: dict[str, RequestOutput] = {}
+        for prompt, prompt_params in zip(prompts, params, strict=True):
+            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            self.limits.check(token_ids, prompt_params)
+            request_id = str(self._num_requests)
+            self._num_requests += 1
+            requests.append(Request(request_id=request_id, prompt_token_ids=tuple(token_ids), params=prompt_params))
+            outputs[request_id] = _empty_output(request_id, prompt, token_ids, prompt_params)
+        return requests, outputs
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [cast("list[int]", list(prompts))]
+    for prompt in prompts:
+        if not isinstance(prompt, str | list):
+            raise InvalidRequestError("prompts", f"must be strings or lists of token ids, not {type(prompt).__name__}")
+    return cast("list[Prompt]", list(prompts))
+
+
+def _empty_output(request_id: str, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> RequestOutput:
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=list(token_ids),
+        prompt_logprobs=None,
+        outputs=[
+            CompletionOutput(
+                index=index,
+                text="",
+                token_ids=[],
+                logprobs=None if params.logprobs is None else [],
+                finish_reason=None,
+                stop_reason=None,
+            )
+            for index in range(params.n)
+        ],
+        num_cached_tokens=0,
+    )
+
+
+def _collect(output: RequestOutput, delta: OutputDelta) -> None:
+    completion = output.outputs[delta.index]
+    completion.text += delta.text
+    completion.token_ids += delta.token_ids
+    if completion.logprobs is not None and delta.logprobs is not None:
+        completion.logprobs += delta.logprobs
+    completion.finish_reason = delta.finish_reason
+    completion.stop_reason = delta.stop_reason
+    if delta.index == 0:
+        output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+        if delta.prompt_logprobs is not None:
+            output.prompt_logprobs = delta.prompt_logprobs

@@ -1,0 +1,185 @@
+"""One rank of the model: loads its shard, keeps its pages, runs a step, samples if it is the sampling rank.
+
+The sampling rank is tensor-parallel rank 0 of the last pipeline stage; on every other rank `execute` returns None.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from rayllm.engine.sampler import Sampler
+from rayllm.models.checkpoint import Checkpoint
+from rayllm.parallel.load import load_shard, local_kv_heads, stage_layers
+from rayllm.parallel.mesh import Mesh
+from rayllm.parallel.pipeline import recv_hidden, send_hidden
+from torch import Tensor
+
+from rayllm.core.config import EngineConfig
+from rayllm.engine.kv_cache import KVCache, KVLayout, cache_dtype, num_blocks_that_fit
+from rayllm.engine.paged_context import PagedContext
+from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
+from rayllm.scheduler.batch import Batch, PositionLogprobs, SequenceResult, StepResult
+
+# Rows of logits held at a time for prompt log-probabilities: 256 x 150k x 4 bytes = 150 MB.
+_LOGITS_ROWS = 256
+
+
+class ModelRunner:
+    """`max_model_len` tokens at most in a sequence. Call `init_cache` once, then `execute` for each step."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        mesh: Mesh,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        spec = checkpoint.spec
+        self._mesh = mesh
+        self._device = device
+        self._dtype = dtype
+        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device).eval().requires_grad_(False)
+        self._layout = KVLayout(
+            layers=stage_layers(spec.num_layers, mesh.pp_rank, mesh.pp_size),
+            num_kv_heads=local_kv_heads(spec, mesh.tp_size),
+            head_dim=spec.head_dim,
+            block_size=config.cache.block_size,
+            dtype=cache_dtype(dtype, device),
+            device=device,
+        )
+        self.num_blocks_that_fit = num_blocks_that_fit(self._layout, config.cache)
+        self._rows = PersistentBatch(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+        )
+        self._prompt_logprobs: dict[int, int] = {}  # seq_id -> how many alternatives
+        self._dynamic_rope = spec.rope is not None and spec.rope.type == "dynamic"
+        self._samples = mesh.is_last_stage and mesh.tp_rank == 0
+        self._sampler = (
+            Sampler(vocab_size=spec.vocab_size, max_rows=config.scheduler.max_num_seqs, device=device)
+            if self._samples
+            else None
+        )
+
+    def init_cache(self, num_blocks: int) -> None:
+        """`num_blocks` is what every rank agreed on: the least that fits on any of them."""
+        self._cache = KVCache(self._layout, num_blocks)
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> StepResult | None:
+        self._update_rows(batch)
+        arrays = self._rows.step(batch)
+        self._append_sampled(batch, arrays)
+        hidden_TD = self._forward(arrays)
+        if not self._mesh.is_last_stage:
+            send_hidden(self._mesh, hidden_TD)
+            return None
+        prompt_logprobs = self._score_prompts(batch, arrays, hidden_TD)
+        sampled = self._sample(batch, arrays, hidden_TD)
+        if not self._samples:
+            return None
+        return StepResult(
+            step_id=batch.step_id,
+            sequences=[
+                SequenceResult(s.seq_id, *sampled.get(s.seq_id, (None, None)), prompt_logprobs.get(s.seq_id))
+                for s in batch.scheduled
+            ],
+        )
+
+    def _update_rows(self, batch: Batch) -> None:
+        for seq_id in batch.released:
+            row = self._rows.release(seq_id)
+            self._prompt_logprobs.pop(seq_id, None)
+            if self._sampler is not None:
+                self._sampler.remove(row)
+        for sequence in batch.new:
+            row = self._rows.admit(sequence)
+            if sequence.sampler.prompt_logprobs is not None:
+                self._prompt_logprobs[sequence.seq_id] = sequence.sampler.prompt_logprobs
+            if self._sampler is not None:
+                self._sampler.add(row, sequence)
+
+    def _append_sampled(self, batch: Batch, arrays: StepArrays) -> None:
+        if self._sampler is None:
+            return
+        for row, scheduled in zip(arrays.rows_B.tolist(), batch.scheduled, strict=True):
+            for token_id in scheduled.new_token_ids:
+                self._sampler.append(row, token_id)
+
+    def _forward(self, arrays: StepArrays) -> Tensor:
+        num_tokens = len(arrays.tokens_T)
+        context = PagedContext(
+            cache=self._cache,
+            block_tables_RM=self._on_device(self._rows.block_tables_RM),
+            rows_B=self._on_device(arrays.rows_B),
+            query_start_B1=self._on_device(arrays.query_start_B1),
+            context_lens_B=self._on_device(arrays.context_lens_B),
+            slots_T=self._on_device(arrays.slots_T),
+            rope_lengths_T=self._on_device(arrays.rope_lengths_T) if self._dynamic_rope else None,
+        )
+        if self._mesh.is_first_stage:
+            x = self._on_device(arrays.tokens_T)
+        else:
+            hidden_size = self._model.spec.hidden_size
+            x = recv_hidden(self._mesh, num_tokens, hidden_size, self._dtype, self._device)
+        hidden_TD: Tensor = self._model(x, self._on_device(arrays.positions_T), context)
+        return hidden_TD
+
+    def _sample(
+        self, batch: Batch, arrays: StepArrays, hidden_TD: Tensor
+    ) -> dict[int, tuple[int, PositionLogprobs | None]]:
+        chosen = [i for i, scheduled in enumerate(batch.scheduled) if scheduled.sample]
+        if not chosen:
+            return {}
+        last_B = arrays.query_start_B1[1:][chosen] - 1
+        logits_BV = self._logits(hidden_TD, last_B.tolist())
+        if self._sampler is None:
+            return {}
+        assert logits_BV is not None
+        results = self._sampler.sample(logits_BV, arrays.rows_B[chosen].tolist())
+        return {batch.scheduled[i].seq_id: result for i, result in zip(chosen, results, strict=True)}
+
+    def _score_prompts(self, batch: Batch, arrays: StepArrays, hidden_TD: Tensor) -> dict[int, list[PositionLogprobs]]:
+        """Every rank of the stage goes through the same pieces, for the logits are gathered over the ranks."""
+        scores: dict[int, list[PositionLogprobs]] = {}
+        for i, scheduled in enumerate(batch.scheduled):
+            top = self._prompt_logprobs.get(scheduled.seq_id)
+            if top is None:
+                continue
+            targets = self._rows.targets(int(arrays.rows_B[i]), scheduled.start, scheduled.num_tokens)
+            first = int(arrays.query_start_B1[i])
+            scores[scheduled.seq_id] = []
+            for lo in range(0, len(targets), _LOGITS_ROWS):
+                piece = targets[lo : lo + _LOGITS_ROWS]
+                logits = self._logits(hidden_TD, range(first + lo, first + lo + len(piece)))
+                if self._sampler is not None:
+                    assert logits is not None
+                    scores[scheduled.seq_id] += self._sampler.prompt_logprobs(logits, piece, top)
+        return scores
+
+    def _logits(self, hidden_TD: Tensor, positions: Sequence[int]) -> Tensor | None:
+        index = torch.tensor(positions, device=self._device)
+        return self._model.logits(hidden_TD.index_select(0, index))
+
+    def _on_device(self, array: object) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The checkpoint's own for "auto", except that float16 becomes float32 on CPU, where its products crawl."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if checkpoint.dtype == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return checkpoint.dtype

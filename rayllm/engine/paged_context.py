@@ -1,0 +1,39 @@
+"""The attention of a serving step: write this step's keys and values into pages, attend over the pages."""
+
+from dataclasses import dataclass
+
+from rayllm_kernels.paged_attention import paged_attention
+from rayllm_kernels.store_kv import store_kv
+from torch import Tensor
+
+from rayllm.engine.kv_cache import KVCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PagedContext:
+    """A `ForwardContext` over the paged cache; see `PersistentBatch.step` for the arrays."""
+
+    cache: KVCache
+    block_tables_RM: Tensor
+    rows_B: Tensor
+    query_start_B1: Tensor
+    context_lens_B: Tensor
+    slots_T: Tensor
+    rope_lengths_T: Tensor | None
+
+    def attend(
+        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        k_pages, v_pages = self.cache.pages(layer)
+        store_kv(k_TKE, v_TKE, k_pages, v_pages, self.slots_T)
+        return paged_attention(
+            q_THE,
+            k_pages,
+            v_pages,
+            block_tables_RM=self.block_tables_RM,
+            rows_B=self.rows_B,
+            query_start_B1=self.query_start_B1,
+            context_lens_B=self.context_lens_B,
+            scale=scale,
+            window=window,
+        )

@@ -1,0 +1,172 @@
+"""The engine offline against transformers' own generate, under every way in which a step can be cut."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayllm.core.config import CacheConfig, SchedulerConfig
+from rayllm.core.errors import InvalidRequestError
+from rayllm.core.types import FinishReason, SamplingParams
+from rayllm.engine.llm import LLM
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+PROMPT_LENGTHS = [1, 2, 15, 16, 17, 31, 33, 64, 5, 90]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        generated = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=GREEDY.max_tokens,
+            min_new_tokens=0,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        outputs.append(generated[0, len(prompt) :].tolist())
+    return outputs
+
+
+def checked(llm: LLM) -> LLM:
+    """Every block is free again and the scheduler's books balance."""
+    scheduler = llm._engine.scheduler
+    scheduler.check_integrity()
+    assert scheduler.free_blocks == scheduler.num_blocks
+    assert not scheduler.has_work
+    return llm
+
+
+@pytest.fixture
+def llm(tiny_model: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_model), cache=CacheConfig(num_blocks=200)) as llm:
+        yield llm
+        checked(llm)
+
+
+def token_ids(llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+def test_one_batch(llm, prompts, expected):
+    assert token_ids(llm, prompts) == expected
+
+
+def test_one_by_one(llm, prompts, expected):
+    assert [token_ids(llm, [prompt])[0] for prompt in prompts] == expected
+
+
+def test_prefix_hits(llm, prompts, expected):
+    assert token_ids(llm, prompts) == expected
+    again = llm.generate(prompts, GREEDY)
+    assert [output.outputs[0].token_ids for output in again] == expected
+    assert [output.num_cached_tokens for output in again] == [(n - 1) // 16 * 16 for n in PROMPT_LENGTHS]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 16])
+def test_chunked_prefill(tiny_model, prompts, expected, budget):
+    scheduler = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=budget)
+    with LLM(str(tiny_model), cache=CacheConfig(num_blocks=200), scheduler=scheduler) as llm:
+        assert token_ids(llm, prompts) == expected
+        checked(llm)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_preemption(tiny_model, prompts, expected, block_size):
+    longest = max(PROMPT_LENGTHS) + GREEDY.max_tokens
+    cache = CacheConfig(num_blocks=-(-longest // block_size) + 2, block_size=block_size)
+    with LLM(str(tiny_model), cache=cache) as llm:
+        assert token_ids(llm, prompts) == expected
+        assert llm._engine.scheduler.preemptions > 0
+        checked(llm)
+
+
+def test_sampling_depends_on_the_seed_only(tiny_model, prompts):
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=20, ignore_eos=True)
+    with LLM(str(tiny_model), cache=CacheConfig(num_blocks=200)) as llm:
+        alone = [token_ids(llm, [prompt], params)[0] for prompt in prompts]
+        assert token_ids(llm, prompts, params) == alone
+        other = token_ids(llm, prompts, SamplingParams(temperature=0.8, seed=8, max_tokens=20, ignore_eos=True))
+        assert other != alone
+    with LLM(str(tiny_model), cache=CacheConfig(num_blocks=9)) as llm:
+        assert token_ids(llm, prompts, params) == alone
+        assert llm._engine.scheduler.preemptions > 0
+        checked(llm)
+
+
+def test_n_shares_the_prompt_and_starts_with_the_single_answer(llm, prompts):
+    params = dict(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
+    single = llm.generate(prompts[7:8], SamplingParams(**params))[0]
+    several = llm.generate(prompts[7:8], SamplingParams(**params, n=4))[0]
+    answers = [output.token_ids for output in several.outputs]
+    assert [output.index for output in several.outputs] == [0, 1, 2, 3]
+    assert answers[0] == single.outputs[0].token_ids
+    assert len({tuple(answer) for answer in answers}) == 4
+    assert all(output.finish_reason is FinishReason.LENGTH for output in several.outputs)
+
+
+def test_logprobs_are_the_models_own(llm, tiny_model, prompts):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=9, logprobs=5, prompt_logprobs=2, ignore_eos=True)
+    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+        completion = output.outputs[0]
+        ids = torch.tensor([prompt + completion.token_ids])
+        with torch.inference_mode():
+            reference = model(ids).logits[0].double().log_softmax(-1)
+        positions = [*output.prompt_logprobs[1:], *completion.logprobs]
+        assert output.prompt_logprobs[0] is None
+        assert len(positions) == ids.shape[1] - 1
+        for row, token, scored in zip(reference, ids[0, 1:].tolist(), positions, strict=False):
+            assert scored.token_id == token
+            assert scored.logprob == pytest.approx(row[token].item(), abs=1e-4)
+            assert scored.rank == 1 + int((row > row[token]).sum())
+        for row, scored in zip(reference[len(prompt) - 1 :], completion.logprobs, strict=False):
+            top = row.topk(5)
+            assert [token for token, _ in scored.top] == top.indices.tolist()
+            assert [value for _, value in scored.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+def test_stop_token_and_stop_string(llm, prompts, expected):
+    stop = next(token for token in expected[2][3:] if token not in expected[2][:3])
+    output = llm.generate(prompts[2], SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(stop,)))[0].outputs[
+        0
+    ]
+    assert output.token_ids[-1] == stop
+    assert output.token_ids == expected[2][: len(output.token_ids)]
+    assert output.finish_reason is FinishReason.STOP
+    assert output.stop_reason == stop
+    text = llm.generate(prompts[2], GREEDY)[0].outputs[0].text
+    stop_string = text[6:9]
+    output = llm.generate(prompts[2], SamplingParams(temperature=0, max_tokens=24, stop=(stop_string,)))[0].outputs[0]
+    assert output.text == text[: text.index(stop_string)]
+    assert output.stop_reason == stop_string
+
+
+def test_bad_prompts_are_refused_before_any_is_run(llm, prompts):
+    for bad, field in [([], "prompt"), ([-1], "prompt"), ([10**6], "prompt"), ([1] * 600, "prompt")]:
+        with pytest.raises(InvalidRequestError, match=field):
+            llm.generate([prompts[0], bad], GREEDY)
+    with pytest.raises(InvalidRequestError, match="prompts"):
+        llm.generate([1, "two"], GREEDY)
+    assert llm.generate([], GREEDY) == []
+
+
+def test_a_long_context_past_one_block_table(tiny_model):
+    prompt = list(range(200)) * 2
+    with LLM(str(tiny_model), max_model_len=410) as llm:
+        output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))[0].outputs[0]
+        assert len(output.token_ids) == 10
+        assert output.finish_reason is FinishReason.LENGTH
