@@ -108,7 +108,7 @@ def test_sampling_depends_on_the_seed_only(tiny_model, prompts):
 
 
 def test_n_shares_the_prompt_and_starts_with_the_single_answer(llm, prompts):
-    params = dict(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
+    params = {"temperature": 1.0, "seed": 3, "max_tokens": 12, "ignore_eos": True}
     single = llm.generate(prompts[7:8], SamplingParams(**params))[0]
     several = llm.generate(prompts[7:8], SamplingParams(**params, n=4))[0]
     answers = [output.token_ids for output in several.outputs]
