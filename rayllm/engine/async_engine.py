@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from rayllm.scheduler.scheduler import SequenceOutput
-
 from rayllm.core.config import EngineConfig
 from rayllm.core.errors import (
     DeadlineExceededError,
@@ -29,6 +27,7 @@ from rayllm.core.types import Request
 from rayllm.engine.build import EngineParts, ExecutorFactory, build_engine, prepare, start_local
 from rayllm.engine.output_processor import OutputProcessor
 from rayllm.engine.outputs import OutputDelta
+from rayllm.scheduler.scheduler import SequenceOutput
 
 logger = logging.getLogger(__name__)
 

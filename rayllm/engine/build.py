@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+
+from rayllm.core.config import EngineConfig
+from rayllm.core.errors import ConfigError
 from rayllm.core.limits import ModelLimits
 from rayllm.core.tokenizer import Tokenizer
+from rayllm.engine.engine import Engine
+from rayllm.engine.executor import Executor, LocalExecutor
+from rayllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.hub import resolve_model
 from rayllm.models.spec import DecoderSpec
 from rayllm.parallel.load import check_layout
 from rayllm.parallel.mesh import Mesh
 from rayllm.scheduler.scheduler import Scheduler
-
-from rayllm.core.config import EngineConfig
-from rayllm.core.errors import ConfigError
-from rayllm.engine.engine import Engine
-from rayllm.engine.executor import Executor, LocalExecutor
-from rayllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
 
 
 class ShardConfig(msgspec.Struct, frozen=True, kw_only=True):

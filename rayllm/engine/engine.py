@@ -6,10 +6,9 @@ another is inside `step`: the lock is held only while the scheduler is touched, 
 
 import threading
 
-from rayllm.scheduler.scheduler import Scheduler, SequenceOutput
-
 from rayllm.core.types import Request
 from rayllm.engine.executor import Executor
+from rayllm.scheduler.scheduler import Scheduler, SequenceOutput
 
 
 class Engine:

@@ -5,10 +5,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
 
-from rayllm.core.tokenizer import Tokenizer
-
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from rayllm.core.errors import InvalidRequestError
+from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import Request, SamplingParams
 from rayllm.engine.build import build_engine, prepare, start_local
 from rayllm.engine.output_processor import OutputProcessor

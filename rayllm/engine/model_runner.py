@@ -6,17 +6,17 @@ The sampling rank is tensor-parallel rank 0 of the last pipeline stage; on every
 from collections.abc import Sequence
 
 import torch
-from rayllm.engine.sampler import Sampler
-from rayllm.models.checkpoint import Checkpoint
-from rayllm.parallel.load import load_shard, local_kv_heads, stage_layers
-from rayllm.parallel.mesh import Mesh
-from rayllm.parallel.pipeline import recv_hidden, send_hidden
 from torch import Tensor
 
 from rayllm.core.config import EngineConfig
 from rayllm.engine.kv_cache import KVCache, KVLayout, cache_dtype, num_blocks_that_fit
 from rayllm.engine.paged_context import PagedContext
 from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
+from rayllm.engine.sampler import Sampler
+from rayllm.models.checkpoint import Checkpoint
+from rayllm.parallel.load import load_shard, local_kv_heads, stage_layers
+from rayllm.parallel.mesh import Mesh
+from rayllm.parallel.pipeline import recv_hidden, send_hidden
 from rayllm.scheduler.batch import Batch, PositionLogprobs, SequenceResult, StepResult
 
 # Rows of logits held at a time for prompt log-probabilities: 256 x 150k x 4 bytes = 150 MB.

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rayllm.core.tokenizer import Tokenizer
-from rayllm.engine.detokenizer import Detokenizer
-from rayllm.scheduler.scheduler import SequenceOutput
-
 from rayllm.core.types import FinishReason, Request
+from rayllm.engine.detokenizer import Detokenizer
 from rayllm.engine.outputs import OutputDelta
+from rayllm.scheduler.scheduler import SequenceOutput
 
 
 @dataclass(slots=True)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from rayllm_kernels.paged_attention import paged_attention
-from rayllm_kernels.store_kv import store_kv
 from torch import Tensor
 
 from rayllm.engine.kv_cache import KVCache
+from rayllm_kernels.paged_attention import paged_attention
+from rayllm_kernels.store_kv import store_kv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
