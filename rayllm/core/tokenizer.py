@@ -32,20 +32,23 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
         """CheckpointError if the directory holds no tokenizer that can be read without running its code."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoTokenizer  # seconds to import, so only when needed
 
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(directory, "is not a directory")
+        eos_token_ids = _eos_token_ids(directory)
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, AttributeError, StrictDataclassError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(directory, f"the tokenizer cannot be loaded: {reason[0]}") from error
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise CheckpointError(directory, "the tokenizer is not one of the tokenizers library (tokenizer.json)")
-        eos_token_ids = _eos_token_ids(directory, tokenizer.eos_token_id)
-        return cls(tokenizer, eos_token_ids=eos_token_ids)
+        if tokenizer.eos_token_id is not None:
+            eos_token_ids.add(tokenizer.eos_token_id)
+        return cls(tokenizer, eos_token_ids=frozenset(eos_token_ids))
 
     @cached_property
     def max_chars_per_token(self) -> int:
@@ -101,9 +104,9 @@ def _check_text(text: str, field: str) -> None:
         raise InvalidRequestError(field, f"holds a lone surrogate at position {error.start}") from None
 
 
-def _eos_token_ids(directory: Path, of_tokenizer: int | None) -> frozenset[int]:
-    """Everything that the checkpoint calls an end of sequence, in any of the three places."""
-    found = set() if of_tokenizer is None else {of_tokenizer}
+def _eos_token_ids(directory: Path) -> set[int]:
+    """What the model's two configurations call an end of sequence; they differ, and instruction models need both."""
+    found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if not path.is_file():
@@ -116,4 +119,4 @@ def _eos_token_ids(directory: Path, of_tokenizer: int | None) -> frozenset[int]:
         if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
             raise CheckpointError(path, f"eos_token_id: {value!r} is not a token id")
         found.update(ids)
-    return frozenset(found)
+    return found
