@@ -4,7 +4,6 @@ Each token is turned into bytes once, so a sequence costs time proportional to i
 nothing of sampling or of how a sequence ends otherwise than by a stop string.
 """
 
-import codecs
 from collections.abc import Sequence
 
 from rayllm.core.tokenizer import Tokenizer
@@ -23,7 +22,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._bytes = tokenizer.bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._open = b""  # the first bytes of a character that is not complete
         self._stop = StopStrings(stop)
         self._strip_next = self._bytes.starts_stripped
         self._start_after(prompt_token_ids)
@@ -35,11 +34,15 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens make final, perhaps none."""
-        return self._stop.feed(self._utf8.decode(self._text_bytes(token_ids)))
+        joined = self._open + self._text_bytes(token_ids)
+        complete = len(joined) - _open_length(joined)
+        self._open = joined[complete:]
+        return self._stop.feed(joined[:complete].decode(errors="replace"))
 
     def finish(self) -> str:
         """What was held back, at the end of the sequence; nothing after a stop string."""
-        return self._stop.feed(self._utf8.decode(b"", final=True)) + self._stop.flush()
+        rest, self._open = self._open.decode(errors="replace"), b""
+        return self._stop.feed(rest) + self._stop.flush()
 
     def _text_bytes(self, token_ids: Sequence[int]) -> bytes:
         tokens = self._bytes
@@ -59,7 +62,24 @@ class Detokenizer:
                 break
         if tail:
             self._strip_next = False
-            self._utf8.decode(tail)  # leaves the decoder inside the character that the prompt left open, if any
+            self._open = tail[len(tail) - _open_length(tail) :]
+
+
+def _open_length(text: bytes) -> int:
+    """How many bytes at the end are the beginning of a character; not counted once it cannot become one.
+
+    codecs' incremental decoder would do but for surrogates (ED A0..BF), whose two bytes it keeps back in vain.
+    """
+    for length in range(1, min(len(text) + 1, _LONGEST_UTF8)):
+        if text[-length] < 0x80:
+            return 0
+        if text[-length] >= 0xC0:  # the first byte of a character
+            try:
+                text[-length:].decode()
+            except UnicodeDecodeError as error:
+                return length if error.reason == "unexpected end of data" else 0
+            return 0
+    return 0
 
 
 class StopStrings:

@@ -104,6 +104,13 @@ def test_half_a_character_waits_and_is_replaced_only_when_certain(byte_level):
     assert detokenizer.finish() == "�"
 
 
+def test_bytes_of_a_surrogate_are_replaced_at_once(byte_level):
+    lead, surrogate = (byte_level._backend.token_to_id(stand_in) for stand_in in "íł")  # ED A0
+    assert byte_level.bytes.of(lead) + byte_level.bytes.of(surrogate) == b"\xed\xa0"
+    assert stream(byte_level, [], [[lead], [surrogate]])[0] == ["", "��", ""]
+    assert stream(byte_level, [lead, surrogate], [])[0] == [""]
+
+
 def test_the_space_that_sentencepiece_adds_is_dropped_only_at_the_very_start(sentencepiece):
     cat = sentencepiece._backend.token_to_id("▁cat")
     assert stream(sentencepiece, [], [[cat], [cat]])[0] == ["cat", " cat", ""]
