@@ -138,10 +138,8 @@ class Scheduler:
         if len(self._in_flight) == self._max_in_flight:
             return None
         step = _Step(budget=self._config.max_num_batched_tokens)
-        preemptions = self.preemptions
         self._schedule_running(step)
-        if self.preemptions == preemptions:  # else the blocks are needed by those who run
-            self._admit(step)
+        self._admit(step)  # nobody whom the line above preempted: it is first in the queue, and its blocks are not free
         if not step.scheduled:
             return None
         batch = Batch(step_id=self._next_step_id, released=self._released, new=step.new, scheduled=step.scheduled)

@@ -4,6 +4,8 @@ that a block shared wrongly, too early or after its memory was reused is noticed
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import accumulate
 
 import msgspec
 import pytest
@@ -23,20 +25,22 @@ VOCAB = 12
 EOS = 0
 
 
+def mix(*numbers: int) -> int:
+    """The same in every process, and well spread; Python's hash of a tuple is neither."""
+    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
 def fingerprints(tokens: Sequence[int]) -> list[int]:
-    prints = []
-    for token in tokens:
-        prints.append(hash((prints[-1] if prints else None, token)))
-    return prints
+    return list(accumulate(tokens, mix, initial=0))[1:]
 
 
 def next_token(fingerprint: int, seed: int, suppressed: Sequence[int]) -> int:
     allowed = [token for token in range(VOCAB) if token not in suppressed]
-    return allowed[hash((fingerprint, seed)) % len(allowed)]
+    return allowed[mix(fingerprint, seed) % len(allowed)]
 
 
 def score(fingerprint: int, token: int) -> PositionLogprobs:
-    return PositionLogprobs(token, -(hash((fingerprint, token)) % 100) / 10, 1, [(token, -0.5)])
+    return PositionLogprobs(token, -(mix(fingerprint, token) % 100) / 10, 1, [(token, -0.5)])
 
 
 def reference(prompt: Sequence[int], params: SamplingParams, index: int = 0, max_len: int = 1 << 30) -> list[int]:
@@ -230,15 +234,13 @@ def test_prompts_are_cut_into_chunks_and_mixed_with_decodes():
 def test_the_budget_is_never_passed_and_nobody_starves(budget):
     engine = Engine(max_num_batched_tokens=budget, num_blocks=40)
     requests = [engine.add(str(i), [i % 5 + 1] * (3 * i + 1), max_tokens=5) for i in range(9)]
-    finished = []
     while engine.scheduler.has_work:
         batch = engine.step()
         assert sum(s.num_tokens for s in batch.scheduled) <= budget
     engine.drain()
     for request in requests:
         engine.check(request)
-    finished = sorted(engine.outputs, key=lambda key: list(engine.outputs).index(key))
-    assert finished == [(str(i), 0) for i in range(9)], "first tokens come in the order of arrival"
+    assert list(engine.outputs) == [(str(i), 0) for i in range(9)], "first tokens come in the order of arrival"
 
 
 def test_the_number_of_rows_is_bounded():
@@ -294,7 +296,7 @@ def test_a_step_carries_increments_only():
 def test_a_repeated_prompt_hits_all_but_what_its_logits_need(length):
     engine = Engine(block_size=4)
     prompt = [i % 7 + 1 for i in range(length)]
-    engine.check_again = engine.add("a", prompt)
+    engine.add("a", prompt)
     engine.drain()
     request = engine.add("b", prompt)
     hits = (length - 1) // 4 * 4
@@ -379,8 +381,6 @@ def test_preemption_keeps_the_tokens_and_takes_the_last_admitted():
     engine.drain()
     for request in requests:
         engine.check(request)
-    finished = [key for key, _ in sorted(engine.outputs.items(), key=lambda item: item[0])]
-    assert finished == [("a", 0), ("b", 0), ("c", 0)]
 
 
 def test_the_preempted_come_back_before_those_who_wait():
@@ -910,6 +910,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestSchedulerMachine = SchedulerMachine.TestCase
