@@ -1,9 +1,10 @@
 """A request and what comes back for it: plain data, the same behind Python, HTTP and gRPC."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from rayllm.core.errors import InvalidRequestError
 
@@ -53,10 +54,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _bounded_tuple("stop", stop, MAX_STOP_STRINGS))
+        stop_token_ids = _bounded_tuple("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         _check_int("n", self.n, 1, MAX_N)
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_int("top_k", self.top_k, 0, 1 << 31)
@@ -73,29 +74,27 @@ class SamplingParams:
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
                 _check_int(name, value, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequestError("ignore_eos", f"must be true or false, not {type(self.ignore_eos).__name__}")
         self._check_collections()
 
     def _check_collections(self) -> None:
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError("stop", f"{len(self.stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError("stop", "must hold strings that are not empty")
             if len(text) > MAX_STOP_STRING_CHARS:
                 raise InvalidRequestError("stop", f"a string is longer than {MAX_STOP_STRING_CHARS} characters")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
-                "stop_token_ids", f"{len(self.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed"
-            )
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, (1 << 31) - 1)
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+        if not isinstance(self.logit_bias, Mapping):
             raise InvalidRequestError(
-                "logit_bias", f"{len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS} are allowed"
+                "logit_bias", f"must map token ids to numbers, not be a {type(self.logit_bias).__name__}"
             )
+        _check_count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for token_id, bias in self.logit_bias.items():
             _check_int("logit_bias", token_id, 0, (1 << 31) - 1)
             _check_float("logit_bias", bias, -100.0, 100.0)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # valid for good: the caller's may change
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,22 +121,34 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def _bounded_tuple(name: str, value: object, max_len: int) -> tuple[Any, ...]:
+    if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+        raise InvalidRequestError(name, f"must be a list, not {type(value).__name__}")
+    _check_count(name, len(value), max_len)
+    return tuple(value)
+
+
+def _check_count(name: str, count: int, max_count: int) -> None:
+    if count > max_count:
+        raise InvalidRequestError(name, f"{count} entries, at most {max_count} are allowed")
+
+
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequestError(name, f"must be an integer, not {type(value).__name__}")
     if not low <= value <= high:
-        raise InvalidRequestError(name, f"{_short(value)} is not in [{low}, {high}]")
+        raise InvalidRequestError(name, f"{short_int(value)} is not in [{low}, {high}]")
 
 
 def _check_float(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequestError(name, f"must be a number, not {type(value).__name__}")
     if isinstance(value, int) and abs(value) > 1 << 53:
-        raise InvalidRequestError(name, f"{_short(value)} is out of range")
+        raise InvalidRequestError(name, f"{short_int(value)} is out of range")
     if not math.isfinite(value) or not low <= value <= high or (low_open and value == low):
         raise InvalidRequestError(name, f"{value} is not in {'(' if low_open else '['}{low:g}, {high:g}]")
 
 
-def _short(value: int) -> str:
-    # int -> str is quadratic and refuses more than 4300 digits.
+def short_int(value: int) -> str:
+    """For a message: int -> str is quadratic, and refuses more than 4300 digits."""
     return str(value) if value.bit_length() < 128 else f"an integer of {value.bit_length()} bits"
