@@ -81,8 +81,12 @@ class Checkpoint:
         dtype = _dtype(config, files[embedding].get_slice(embedding).get_dtype())
         return cls(directory, config, spec, dtype, files, parameters)
 
+    def source(self, parameter: str) -> Source:
+        """Where a parameter of `Decoder.named_parameters()` lies."""
+        return self._parameters[parameter][0]
+
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """The whole shape of a parameter of `Decoder.named_parameters()`."""
+        """Its whole shape."""
         return self._parameters[parameter][1]
 
     def read(self, parameter: str, index: tuple[slice, ...]) -> Tensor:

@@ -61,20 +61,20 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
     def forward(self, x_TD: Tensor, rotation: Rotation | None, context: ForwardContext) -> Tensor:
-        q_THE, k_TKE, v_TKE = self.project(x_TD, rotation)
-        out_THE = context.attend(self.layer, q_THE, k_TKE, v_TKE, scale=self.scale, window=self.window)
-        output: Tensor = self.o_proj(out_THE.flatten(1))
-        return output
-
-    def project(self, x_TD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """-> q_THE, k_TKE, v_TKE, normalised and rotated."""
-        q_THE = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TKE = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TKE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_THE, k_TKE, v_TKE = self.project(x_TD)
         if self.q_norm is not None and self.k_norm is not None:
             q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
         if rotation is not None:
             q_THE, k_TKE = rotation.apply(q_THE), rotation.apply(k_TKE)
+        out_THE = context.attend(self.layer, q_THE, k_TKE, v_TKE, scale=self.scale, window=self.window)
+        output: Tensor = self.o_proj(out_THE.flatten(1))
+        return output
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q_THE, k_TKE, v_TKE."""
+        q_THE = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        k_TKE = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        v_TKE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         return q_THE, k_TKE, v_TKE
 
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.input_layernorm = make_norm(spec)
         self.self_attn = Attention(spec, layer)
         self.post_attention_layernorm = make_norm(spec)
-        self.mlp = GatedMlp(spec) if spec.gated_mlp else Mlp(spec)
+        self.mlp: nn.Module = GatedMlp(spec) if spec.gated_mlp else Mlp(spec)
 
     def forward(self, x_TD: Tensor, rotation: Rotation | None, context: ForwardContext) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, context)

@@ -40,7 +40,7 @@ class RotaryEmbedding:
         """`lengths_T`: per token, the length of its sequence that dynamic scaling looks at (`ForwardContext`)."""
         if self._inv_freq.device != positions_T.device:
             self._inv_freq = self._inv_freq.to(positions_T.device)
-        if self._spec.kind == "dynamic" and lengths_T is not None:
+        if self._spec.type == "dynamic" and lengths_T is not None:
             inv_freq = dynamic_inverse_frequencies(self._spec, self._head_dim, lengths_T.to(positions_T.device))
         else:
             inv_freq = self._inv_freq
@@ -55,7 +55,7 @@ def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
     """[E/2] float32. For dynamic: of a sequence no longer than the original length."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     inv_freq = 1.0 / spec.theta**exponents
-    match spec.kind:
+    match spec.type:
         case "default" | "dynamic":
             return inv_freq
         case "linear":
@@ -69,8 +69,8 @@ def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
 def dynamic_inverse_frequencies(spec: RopeSpec, head_dim: int, lengths_T: Tensor) -> Tensor:
     """[T, E/2] float32: the base grows with each token's sequence length (dynamic NTK, bloc97 and emozilla 2023)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=lengths_T.device).float() / head_dim
-    lengths = lengths_T.clamp(min=spec.original_length).float()
-    stretch = spec.factor * lengths / spec.original_length - (spec.factor - 1)
+    lengths = lengths_T.clamp(min=spec.original_max_position_embeddings).float()
+    stretch = spec.factor * lengths / spec.original_max_position_embeddings - (spec.factor - 1)
     theta = spec.theta * stretch ** (head_dim / (head_dim - 2))
     return 1.0 / theta[:, None] ** exponents
 
@@ -78,9 +78,10 @@ def dynamic_inverse_frequencies(spec: RopeSpec, head_dim: int, lengths_T: Tensor
 def _llama3(spec: RopeSpec, inv_freq: Tensor) -> Tensor:
     """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between blended."""
     wavelength = 2 * math.pi / inv_freq
-    longest_kept = spec.original_length / spec.high_freq_factor
-    shortest_slowed = spec.original_length / spec.low_freq_factor
-    share = (spec.original_length / wavelength - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    longest_kept = spec.original_max_position_embeddings / spec.high_freq_factor
+    shortest_slowed = spec.original_max_position_embeddings / spec.low_freq_factor
+    rotations = spec.original_max_position_embeddings / wavelength
+    share = (rotations - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     blended = (1 - share) * inv_freq / spec.factor + share * inv_freq
     slowed = torch.where(wavelength > shortest_slowed, inv_freq / spec.factor, inv_freq)
     between = (wavelength >= longest_kept) & (wavelength <= shortest_slowed)
@@ -91,7 +92,8 @@ def _yarn(spec: RopeSpec, inv_freq: Tensor, head_dim: int) -> Tensor:
     """YaRN (Peng et al. 2023), section 3.2: "NTK-by-parts"."""
 
     def dimension_of(rotations: float) -> float:
-        return head_dim * math.log(spec.original_length / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
+        wavelength = spec.original_max_position_embeddings / rotations
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(spec.theta))
 
     low, high = dimension_of(spec.beta_fast), dimension_of(spec.beta_slow)
     if spec.truncate:

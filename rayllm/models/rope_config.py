@@ -8,9 +8,9 @@ import math
 from typing import cast, get_args
 
 from rayllm.models.config_fields import ConfigFields
-from rayllm.models.spec import RopeKind, RopeSpec
+from rayllm.models.spec import RopeSpec, RopeType
 
-KINDS = frozenset(get_args(RopeKind))
+TYPES = frozenset(get_args(RopeType))
 KNOWN = frozenset(
     {
         "rope_type",
@@ -32,7 +32,7 @@ KNOWN = frozenset(
 
 
 def rope_spec(config: ConfigFields, max_positions: int) -> RopeSpec:
-    """Raises ConfigError naming a kind or a field that is not supported."""
+    """Raises ConfigError naming a type or a field that is not supported."""
     config.refuse_unless("partial_rotary_factor", 1, 1.0)
     # rope_scaling wins where both are given, as in transformers.
     rope = config.section("rope_scaling") or config.section("rope_parameters")
@@ -41,38 +41,43 @@ def rope_spec(config: ConfigFields, max_positions: int) -> RopeSpec:
     rope.refuse_unknown(KNOWN)
     rope.refuse_unless("partial_rotary_factor", 1, 1.0)
     name = "type" if rope.get("rope_type") is None else "rope_type"
-    kind = cast(RopeKind, rope.choice(name, KINDS, "default"))
+    rope_type = cast(RopeType, rope.choice(name, TYPES, "default"))
     theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
     original = config.optional_integer("original_max_position_embeddings")
     if original is None:
         original = rope.integer("original_max_position_embeddings", max_positions)
-    match kind:
+    match rope_type:
         case "default":
             return RopeSpec(theta=theta)
         case "linear":
-            return RopeSpec(kind=kind, theta=theta, factor=rope.number("factor"))
+            return RopeSpec(type=rope_type, theta=theta, factor=rope.number("factor"))
         case "dynamic":
             # transformers stretches from max_position_embeddings on, whatever original_max_position_embeddings says.
-            return RopeSpec(kind=kind, theta=theta, factor=rope.number("factor"), original_length=max_positions)
+            return RopeSpec(
+                type=rope_type,
+                theta=theta,
+                factor=rope.number("factor"),
+                original_max_position_embeddings=max_positions,
+            )
         case "llama3":
             low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
             if low >= high:
                 raise rope.unsupported("high_freq_factor", f"must be greater than low_freq_factor {low}")
             return RopeSpec(
-                kind=kind,
+                type=rope_type,
                 theta=theta,
                 factor=rope.number("factor"),
-                original_length=original,
+                original_max_position_embeddings=original,
                 low_freq_factor=low,
                 high_freq_factor=high,
             )
         case "yarn":
             factor = rope.number("factor", max_positions / original)
             return RopeSpec(
-                kind=kind,
+                type=rope_type,
                 theta=theta,
                 factor=factor,
-                original_length=original,
+                original_max_position_embeddings=original,
                 beta_fast=rope.number("beta_fast", 32.0),
                 beta_slow=rope.number("beta_slow", 1.0),
                 truncate=rope.flag("truncate", True),

@@ -8,21 +8,21 @@ from typing import Literal
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
-RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeSpec:
     """Rotary positions (Su et al. 2021) and how they are stretched past the length that the model was trained on.
 
-    `original_length` is that length; only dynamic, yarn and llama3 look at it. `attention_factor` multiplies cos and
-    sin (yarn's "mscale"; 1 elsewhere).
+    `original_max_position_embeddings` is that length; only dynamic, yarn and llama3 look at it. `attention_factor`
+    multiplies cos and sin (yarn's "mscale"; 1 elsewhere).
     """
 
-    kind: RopeKind = "default"
+    type: RopeType = "default"
     theta: float = 10_000.0
     factor: float = 1.0
-    original_length: int = 0
+    original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
