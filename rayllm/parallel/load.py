@@ -7,8 +7,18 @@ from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.decoder import Decoder
 from rayllm.parallel.mesh import Mesh
 from rayllm.parallel.pipeline import keep_stage
-from rayllm.parallel.plan import Style, check_layout, local_index, local_vocab_size, style_of
+from rayllm.parallel.plan import (
+    Style,
+    check_layout,
+    local_index,
+    local_kv_heads,
+    local_vocab_size,
+    stage_layers,
+    style_of,
+)
 from rayllm.parallel.tensor import add_collectives
+
+__all__ = ["check_layout", "load_shard", "local_kv_heads", "stage_layers"]
 
 
 def load_shard(checkpoint: Checkpoint, mesh: Mesh, *, dtype: torch.dtype, device: torch.device) -> Decoder:
