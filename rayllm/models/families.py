@@ -80,7 +80,9 @@ def _llama_like(
 
 
 def _llama(fields: ConfigFields) -> DecoderSpec:
-    fields.refuse_unless("sliding_window")
+    # transformers' llama has no windows; converted configs may carry one that is switched off.
+    if fields.get("use_sliding_window") is not False:
+        fields.refuse_unless("sliding_window")
     attention_bias = fields.flag("attention_bias", False)
     return _llama_like(
         fields,

@@ -72,9 +72,10 @@ class Attention(nn.Module):
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> q_THE, k_TKE, v_TKE."""
-        q_THE = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TKE = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TKE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        shape = (x_TD.shape[0], -1, self.head_dim)
+        q_THE = self.q_proj(x_TD).view(shape)
+        k_TKE = self.k_proj(x_TD).view(shape)
+        v_TKE = self.v_proj(x_TD).view(shape)
         return q_THE, k_TKE, v_TKE
 
 

@@ -24,7 +24,8 @@ class FusedAttention(Attention):
         self.o_proj, self.q_norm, self.k_norm = attention.o_proj, attention.q_norm, attention.k_norm
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_THE, k_TKE, v_TKE = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim)).split(self._heads, dim=1)
+        qkv = self.qkv_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        q_THE, k_TKE, v_TKE = qkv.split_with_sizes(self._heads, dim=1)
         return q_THE, k_TKE, v_TKE
 
 
@@ -54,10 +55,9 @@ def fuse_projections(model: Decoder) -> None:
 
 def _joined(linears: list[nn.Linear]) -> nn.Linear:
     """One linear whose output is that of `linears`, one after another."""
-    first = linears[0]
-    joined = nn.Linear(first.in_features, 0, bias=first.bias is not None, device="meta")
+    first, size = linears[0], sum(linear.out_features for linear in linears)
+    joined = nn.Linear(first.in_features, size, bias=first.bias is not None, device="meta")
     joined.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]).detach())
     if first.bias is not None:
         joined.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]).detach())
-    joined.out_features = joined.weight.shape[0]
     return joined
