@@ -1,0 +1,221 @@
+"""A Hugging Face directory: config.json and safetensors, checked whole before a weight is read.
+
+Only the headers of the weight files are read by `Checkpoint.open`; `read` then reads one part of one parameter. Never
+unpickles. Knows nothing of ranks.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rayllm.core.errors import CheckpointError, ConfigError
+from rayllm.models.decoder import Decoder
+from rayllm.models.families import spec_from_config, weight_names
+from rayllm.models.spec import DecoderSpec
+from rayllm.models.weights import Source
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+STORED_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class _Slice(Protocol):
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor: ...
+
+
+class _File(Protocol):
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str) -> _Slice: ...
+
+
+class Checkpoint:
+    """`config` is the raw config.json; `dtype` the one that it names (else that of the stored embedding)."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        spec: DecoderSpec,
+        dtype: torch.dtype,
+        files: Mapping[str, _File],
+        parameters: Mapping[str, tuple[Source, tuple[int, ...]]],
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.spec = spec
+        self.dtype = dtype
+        self._files = files  # stored tensor -> the file that holds it
+        self._parameters = parameters  # our name -> where it lies, and its whole shape
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Checkpoint":
+        """Raises CheckpointError (file and problem) or ConfigError (a value of config.json that is not supported)."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(
+                directory, "is a file, not a directory" if directory.exists() else "no such directory"
+            )
+        config = _read_json(directory / "config.json")
+        spec = spec_from_config(config)
+        origin, files = _open_weights(directory)
+        parameters = _match(spec, origin, files)
+        embedding = parameters["embed_tokens.weight"][0].name
+        dtype = _dtype(config, files[embedding].get_slice(embedding).get_dtype())
+        return cls(directory, config, spec, dtype, files, parameters)
+
+    def source(self, parameter: str) -> Source:
+        """Where a parameter of `Decoder.named_parameters()` lies."""
+        return self._parameters[parameter][0]
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Its whole shape."""
+        return self._parameters[parameter][1]
+
+    def read(self, parameter: str, index: tuple[slice, ...]) -> Tensor:
+        """The part `index` (a start and a stop for every dimension) of one parameter, in the dtype it is stored in.
+
+        May be a view of the mapped file: copy before keeping it.
+        """
+        source, shape = self._parameters[parameter]
+        part = self._files[source.name].get_slice(source.name)[source.stored_index(shape, index)]
+        return part.t() if source.transposed and part.dim() == 2 else part
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path, "no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(path, f"is not valid JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _open_weights(directory: Path) -> tuple[Path, dict[str, "_File"]]:
+    """-> the file that lists the tensors, for messages; every tensor's open file."""
+    single, index = directory / WEIGHTS, directory / INDEX
+    if single.exists():
+        file = _open_file(single)
+        return single, dict.fromkeys(file.keys(), file)
+    if index.exists():
+        return index, _open_shards(index)
+    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            directory / pickled[0], f"pickled weights are not loaded, they can run code: convert them to {WEIGHTS}"
+        )
+    raise CheckpointError(directory, f"holds neither {WEIGHTS} nor {INDEX}")
+
+
+def _open_shards(index: Path) -> dict[str, "_File"]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(index, "has no weight_map")
+    shards: dict[str, _File] = {}
+    for file_name in weight_map.values():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(index, f"weight_map names {file_name!r}, which is not a file name")
+        if file_name not in shards:
+            path = index.parent / file_name
+            if not path.exists():
+                raise CheckpointError(index, f"names {file_name}, which does not exist")
+            shards[file_name] = _open_file(path)
+    held = {file_name: set(file.keys()) for file_name, file in shards.items()}
+    for name, file_name in weight_map.items():
+        if name not in held[file_name]:
+            raise CheckpointError(index.parent / file_name, f"tensor {name} is missing, though {index.name} names it")
+    return {name: shards[file_name] for name, file_name in weight_map.items()}
+
+
+def _open_file(path: Path) -> _File:
+    try:
+        return cast(_File, safe_open(path, framework="pt"))
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            start = file.read(16)
+        if start.startswith((b"PK\x03\x04", b"\x80")):
+            raise CheckpointError(path, "is a pickle, not a safetensors file") from None
+        if start.startswith(b"version https://"):
+            raise CheckpointError(path, "is a Git LFS pointer, not the file itself") from None
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(path, f"is truncated or damaged: {reason}") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error}") from None
+
+
+def _match(spec: DecoderSpec, origin: Path, files: Mapping[str, _File]) -> dict[str, tuple[Source, tuple[int, ...]]]:
+    """Every parameter of the decoder to its tensor; raises unless all are there, in shape, and nothing else is."""
+    with torch.device("meta"):
+        model = Decoder(spec)
+    names = weight_names(spec.family)
+    parameters: dict[str, tuple[Source, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shape = tuple(parameter.shape)
+        source = names.locate(name, tied=spec.tie_word_embeddings, stored=files)
+        if source.name not in files:
+            raise CheckpointError(origin, f"tensor {source.name} is missing")
+        stored = files[source.name].get_slice(source.name)
+        if tuple(stored.get_shape()) != source.stored_shape(shape):
+            raise CheckpointError(
+                origin,
+                f"tensor {source.name} has shape {stored.get_shape()}, config.json asks for"
+                f" {list(source.stored_shape(shape))}",
+            )
+        if stored.get_dtype() not in STORED_DTYPES:
+            raise CheckpointError(origin, f"tensor {source.name} has unsupported dtype {stored.get_dtype()}")
+        parameters[name] = (source, shape)
+    used = {source.name for source, _ in parameters.values()}
+    for name in files:
+        if (
+            name not in used
+            and not names.is_ignored(name)
+            and not (name == "lm_head.weight" and spec.tie_word_embeddings)
+        ):
+            raise CheckpointError(origin, f"tensor {name} is not part of a {spec.family} model with this config.json")
+    if spec.tie_word_embeddings:
+        _check_tied(origin, files, parameters["embed_tokens.weight"][0])
+    return parameters
+
+
+def _check_tied(origin: Path, files: Mapping[str, _File], embedding: Source) -> None:
+    """A head stored beside the embedding that it is tied to must equal it, else config.json and weights disagree."""
+    if embedding.name == "lm_head.weight" or "lm_head.weight" not in files:
+        return
+    stored = [files[name].get_slice(name) for name in (embedding.name, "lm_head.weight")]
+    whole = tuple(slice(0, size) for size in stored[0].get_shape())
+    if stored[0].get_shape() != stored[1].get_shape() or not torch.equal(stored[0][whole], stored[1][whole]):
+        raise CheckpointError(
+            origin, f"tensor lm_head.weight differs from {embedding.name}, but config.json has tie_word_embeddings true"
+        )
+
+
+def _dtype(config: Mapping[str, Any], stored: str) -> torch.dtype:
+    """transformers 5 writes `dtype`, older ones `torch_dtype`; without either it is what the weights have, `stored`."""
+    for field in ("dtype", "torch_dtype"):
+        if (name := config.get(field)) is not None:
+            if name not in DTYPES:
+                raise ConfigError(f"config.json: {field}: {name!r} is not supported (supported: {', '.join(DTYPES)})")
+            return DTYPES[name]
+    return torch.float32 if stored == "F64" else STORED_DTYPES[stored]

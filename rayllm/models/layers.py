@@ -1,0 +1,122 @@
+"""The parts of a decoder block. Single device: no rank, no mesh, no quantization inside.
+
+Head counts are read from the tensors, never from the spec, so that a part works the same on a slice of its heads.
+Letters: T tokens, D hidden, H query heads, K kv heads, E head_dim.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rayllm.models.context import ForwardContext
+from rayllm.models.rope import Rotation
+from rayllm.models.spec import Activation, DecoderSpec
+
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019). Accumulates in float32 and rounds before the weight, as
+    transformers does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+def make_norm(spec: DecoderSpec) -> nn.Module:
+    if spec.norm == "layernorm":
+        return nn.LayerNorm(spec.hidden_size, eps=spec.norm_eps)
+    return RMSNorm(spec.hidden_size, spec.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = spec.head_dim
+        self.scale = spec.head_dim**-0.5
+        self.window = spec.windows[layer]
+        query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(spec.hidden_size, query_size, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(query_size, spec.hidden_size, bias=spec.o_bias)
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+
+    def forward(self, x_TD: Tensor, rotation: Rotation | None, context: ForwardContext) -> Tensor:
+        q_THE, k_TKE, v_TKE = self.project(x_TD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
+        if rotation is not None:
+            q_THE, k_TKE = rotation.apply(q_THE), rotation.apply(k_TKE)
+        out_THE = context.attend(self.layer, q_THE, k_TKE, v_TKE, scale=self.scale, window=self.window)
+        output: Tensor = self.o_proj(out_THE.flatten(1))
+        return output
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q_THE, k_TKE, v_TKE."""
+        shape = (x_TD.shape[0], -1, self.head_dim)
+        q_THE = self.q_proj(x_TD).view(shape)
+        k_TKE = self.k_proj(x_TD).view(shape)
+        v_TKE = self.v_proj(x_TD).view(shape)
+        return q_THE, k_TKE, v_TKE
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
+        self.up_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(spec.ffn_size, spec.hidden_size, bias=spec.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return output
+
+
+class Mlp(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.up_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(spec.ffn_size, spec.hidden_size, bias=spec.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.activation(self.up_proj(x_TD)))
+        return output
+
+
+class Block(nn.Module):
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(spec)
+        self.self_attn = Attention(spec, layer)
+        self.post_attention_layernorm = make_norm(spec)
+        self.mlp: nn.Module = GatedMlp(spec) if spec.gated_mlp else Mlp(spec)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation | None, context: ForwardContext) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, context)
+        output: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return output
