@@ -1,0 +1,113 @@
+"""Compile a loop with numba and run it on torch's own OpenMP threads.
+
+numba's `prange` would bring a second pool of threads beside torch's; on few cores the idle pool's spinning then steals
+the core that the other one needs, and numba's default pool may not be entered from two Python threads. So kernels are
+compiled as plain C functions and started with `GOMP_parallel` of the OpenMP library that torch itself runs on: one
+pool, sized by `torch.get_num_threads()`, safe from any number of Python threads.
+
+A kernel is a function of one address, the argument block: int64 ticket counter, int64 number of tasks, then int64
+arguments, then float64 ones. It draws tasks with `next_task` until none is left, so it is right under any number of
+threads and uneven cores do not matter. What a task computes never depends on the number of threads.
+"""
+
+import ctypes
+import logging
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import torch
+
+from rayllm_kernels.simd import fetch_increment, inlined, load_f64, load_i64
+
+logger = logging.getLogger(__name__)
+
+_HEADER = 2  # ticket, tasks
+_REGISTRY: list["Kernel"] = []
+
+
+@inlined
+def next_task(block: int) -> int:
+    """The next task's number, or -1 when all are taken."""
+    task = fetch_increment(block)
+    return task if task < load_i64(block + 8) else -1
+
+
+@inlined
+def integer(block: int, index: int) -> int:
+    return load_i64(block + 8 * (2 + index))  # type: ignore[no-any-return]
+
+
+@inlined
+def real(block: int, index: int) -> float:
+    """A float64 argument; `index` counts on from the integers."""
+    return load_f64(block + 8 * (2 + index))  # type: ignore[no-any-return]
+
+
+def _load_parallel() -> Callable[[int, object, int, int], None] | None:
+    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library in torch, None where there is none."""
+    candidates = [*sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")), "libgomp.so.1"]
+    for name in candidates:
+        try:
+            # RTLD_NOLOAD: only a library that torch has loaded already; another copy would be another pool.
+            library = ctypes.CDLL(str(name), mode=ctypes.RTLD_LOCAL | 4)
+        except OSError:
+            continue
+        function = library.GOMP_parallel
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    logger.warning("no libgomp in this torch build: compiled CPU kernels run on one thread")
+    return None
+
+
+_parallel = _load_parallel()
+
+
+class Kernel:
+    """A compiled kernel; compiled (or read from numba's cache) at the first call or by `compile`."""
+
+    def __init__(self, body: Callable[[int], None], *, integers: int, reals: int = 0) -> None:
+        self._body = body
+        self._layout = struct.Struct(f"={_HEADER + integers}q{reals}d")
+        self._block = ctypes.c_char * self._layout.size
+        self._lock = threading.Lock()
+        self._address = 0
+        self._direct: Callable[[object], None] | None = None
+        _REGISTRY.append(self)
+
+    def compile(self) -> None:
+        with self._lock:
+            if self._address:
+                return
+            decorate = {"error_model": "numpy", "nopython": True}
+            try:
+                function = numba.cfunc("void(int64)", cache=True, **decorate)(self._body)
+            except RuntimeError as error:  # numba found no directory that it may write to
+                logger.warning("compiling %s anew in each process: %s", self._body.__name__, error)
+                function = numba.cfunc("void(int64)", **decorate)(self._body)
+            self._direct = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)
+            self._function = function  # owns the code
+            self._address = function.address
+
+    def __call__(self, tasks: int, *arguments: float) -> None:
+        """Run tasks 0 to `tasks` - 1 with the kernel's integers, then its reals."""
+        if not self._address:
+            self.compile()
+        block = self._block.from_buffer_copy(self._layout.pack(0, tasks, *arguments))
+        threads = min(tasks, torch.get_num_threads())
+        if threads > 1 and _parallel is not None:
+            _parallel(self._address, block, threads, 0)
+        elif self._direct is not None:
+            self._direct(block)
+
+
+def compile_kernels() -> float:
+    """Compile every kernel that has been declared -> seconds."""
+    begin = time.perf_counter()
+    for kernel in _REGISTRY:
+        kernel.compile()
+    return time.perf_counter() - begin

@@ -1,0 +1,310 @@
+"""Causal attention of packed queries over a paged key/value cache.
+
+The queries of B sequences lie behind one another in `q_THE`; sequence b owns rows `query_start_B1[b]` to
+`query_start_B1[b + 1]`, which are the last of its `context_lens_B[b]` tokens. Their keys and values are already in the
+cache: token j of the sequence lies in block `block_tables_RM[rows_B[b], j // P]` at offset `j % P`. Slots past the
+context and table entries past the last block are never read, so they may hold anything.
+
+`window` w: a token sees itself and the w - 1 tokens before it. Query head h reads kv head `h // (H // K)`. A query that
+sees no key gives zeros.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rayllm_kernels.native import Kernel, integer, next_task, real
+from rayllm_kernels.simd import (
+    LANES,
+    add,
+    broadcast,
+    exp,
+    fma,
+    inlined,
+    load,
+    load_bf16,
+    load_f32,
+    load_i32,
+    load_i64,
+    max_lanes,
+    mul,
+    store,
+    store_bf16,
+    store_f32,
+    store_i64,
+    sub,
+    sum_lanes,
+)
+
+
+def _gather(cache_NPKE: Tensor, blocks_M: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens `start` to `stop` of the sequence that owns `blocks_M` -> [stop - start, K, E]."""
+    page = cache_NPKE.shape[1]
+    first = start // page
+    tokens = cache_NPKE[blocks_M[first : -(-stop // page)]].flatten(0, 1)
+    return tokens[start - first * page : stop - first * page]
+
+
+def paged_attention_reference(
+    q_THE: Tensor,
+    k_cache_NPKE: Tensor,
+    v_cache_NPKE: Tensor,
+    *,
+    block_tables_RM: Tensor,
+    rows_B: Tensor,
+    query_start_B1: Tensor,
+    context_lens_B: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The contract of `paged_attention` in plain torch, in the wider of q's and the cache's dtype, on any device."""
+    dtype = torch.promote_types(torch.promote_types(q_THE.dtype, k_cache_NPKE.dtype), torch.float32)
+    out_THE = torch.zeros_like(q_THE)
+    group = q_THE.shape[1] // k_cache_NPKE.shape[2]
+    starts = query_start_B1.tolist()
+    for b, (row, context) in enumerate(zip(rows_B.tolist(), context_lens_B.tolist(), strict=True)):
+        queries = slice(starts[b], starts[b + 1])
+        length = queries.stop - queries.start
+        if length == 0 or context == 0:
+            continue
+        k_SHE, v_SHE = (
+            _gather(cache, block_tables_RM[row].long(), 0, context).to(dtype).repeat_interleave(group, dim=1)
+            for cache in (k_cache_NPKE, v_cache_NPKE)
+        )
+        scores = torch.einsum("qhe,she->hqs", q_THE[queries].to(dtype), k_SHE) * scale
+        at = torch.arange(context - length, context, device=q_THE.device)[:, None]
+        key = torch.arange(context, device=q_THE.device)[None, :]
+        visible = key <= at
+        if window is not None:
+            visible &= key > at - window
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        out_THE[queries] = torch.einsum("hqs,she->qhe", weights, v_SHE).to(q_THE.dtype)
+    return out_THE
+
+
+_TILE = 64  # keys per softmax update; a multiple of the lanes
+
+
+@inlined
+def _dot(a: int, b: int, length: int) -> float:
+    """Scalar product of two float32 arrays whose `length` is a multiple of 16."""
+    s0 = s1 = s2 = s3 = broadcast(np.float32(0.0))
+    whole = length // 64 * 64
+    for i in range(0, whole * 4, 256):
+        s0 = fma(load(a + i), load(b + i), s0)
+        s1 = fma(load(a + i + 64), load(b + i + 64), s1)
+        s2 = fma(load(a + i + 128), load(b + i + 128), s2)
+        s3 = fma(load(a + i + 192), load(b + i + 192), s3)
+    for i in range(whole * 4, length * 4, 64):
+        s0 = fma(load(a + i), load(b + i), s0)
+    return sum_lanes(add(add(s0, s1), add(s2, s3)))  # type: ignore[no-any-return]
+
+
+@inlined
+def _accumulate(acc: int, decay: float, weights: int, addresses: int, shift: int, keys: int, length: int) -> None:
+    """acc[0:length] = acc * decay + sum over j < keys of weights[j] * (float32 array at addresses[j] + shift)."""
+    whole = length // 64 * 64
+    scale = broadcast(np.float32(decay))
+    for i in range(0, whole * 4, 256):
+        s0, s1 = mul(load(acc + i), scale), mul(load(acc + i + 64), scale)
+        s2, s3 = mul(load(acc + i + 128), scale), mul(load(acc + i + 192), scale)
+        for j in range(keys):
+            weight = broadcast(load_f32(weights + 4 * j))
+            value = load_i64(addresses + 8 * j) + shift + i
+            s0, s1 = fma(weight, load(value), s0), fma(weight, load(value + 64), s1)
+            s2, s3 = fma(weight, load(value + 128), s2), fma(weight, load(value + 192), s3)
+        store(acc + i, s0)
+        store(acc + i + 64, s1)
+        store(acc + i + 128, s2)
+        store(acc + i + 192, s3)
+    for i in range(whole * 4, length * 4, 64):
+        s0 = mul(load(acc + i), scale)
+        for j in range(keys):
+            s0 = fma(broadcast(load_f32(weights + 4 * j)), load(load_i64(addresses + 8 * j) + shift + i), s0)
+        store(acc + i, s0)
+
+
+@inlined
+def _softmax_tile(scores: int, keys: int, highest: float) -> tuple[float, float]:
+    """Turn a tile's scores into weights e**(score - new highest) -> (new highest, sum of the weights)."""
+    for j in range(keys, (keys + LANES - 1) // LANES * LANES):
+        store_f32(scores + 4 * j, np.float32(-np.inf))
+    for i in range(0, keys * 4, 64):
+        highest = max(highest, max_lanes(load(scores + i)))
+    level, total = broadcast(highest), broadcast(np.float32(0.0))
+    for i in range(0, keys * 4, 64):
+        weights = exp(sub(load(scores + i), level))
+        store(scores + i, weights)
+        total = add(total, weights)
+    return highest, sum_lanes(total)
+
+
+def _attend_pages(block: int) -> None:
+    """Kernel: task = (query token, kv head). Online softmax over tiles of keys, read where they lie."""
+    q, out, k_cache, v_cache = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    tables, rows, starts, contexts = integer(block, 4), integer(block, 5), integer(block, 6), integer(block, 7)
+    heads, kv_heads, head_dim, page = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
+    table_stride, token_stride, head_stride = integer(block, 12), integer(block, 13), integer(block, 14)
+    is_bf16, window, longest = integer(block, 15), integer(block, 16), integer(block, 17)
+    scale = np.float32(real(block, 18))
+    group = heads // kv_heads
+    floats = np.empty(group * (2 * head_dim + _TILE + 2), np.float32)
+    integers = np.empty(_TILE, np.int64)
+    queries, addresses = floats.ctypes.data, integers.ctypes.data
+    acc = queries + 4 * group * head_dim
+    scores = acc + 4 * group * head_dim
+    highest = scores + 4 * group * _TILE
+    totals = highest + 4 * group
+    item = 2 if is_bf16 else 4
+    task = next_task(block)
+    while task >= 0:
+        token, kv_head = task // kv_heads, task % kv_heads
+        b = 0
+        while token >= load_i32(starts + 4 * (b + 1)):
+            b += 1
+        length = load_i32(starts + 4 * (b + 1)) - load_i32(starts + 4 * b)
+        if length > longest:  # left to the other path
+            task = next_task(block)
+            continue
+        for g in range(group):
+            source = q + item * (token * token_stride + (kv_head * group + g) * head_stride)
+            for e in range(0, head_dim, LANES):
+                values = load_bf16(source + 2 * e) if is_bf16 else load(source + 4 * e)
+                store(queries + 4 * (g * head_dim + e), mul(values, broadcast(scale)))
+                store(acc + 4 * (g * head_dim + e), broadcast(np.float32(0.0)))
+            store_f32(highest + 4 * g, np.float32(-np.inf))
+            store_f32(totals + 4 * g, np.float32(0.0))
+        end = load_i32(contexts + 4 * b) - (load_i32(starts + 4 * (b + 1)) - token) + 1
+        first = max(0, end - window) if window > 0 else 0
+        table = tables + 4 * load_i32(rows + 4 * b) * table_stride
+        while first < end:
+            keys = min(_TILE, end - first)
+            for j in range(keys):
+                position = first + j
+                slot = load_i32(table + 4 * (position // page)) * page + position % page
+                offset = 4 * (slot * kv_heads + kv_head) * head_dim
+                store_i64(addresses + 8 * j, offset)
+                for g in range(group):
+                    score = _dot(queries + 4 * g * head_dim, k_cache + offset, head_dim)
+                    store_f32(scores + 4 * (g * _TILE + j), score)
+            for g in range(group):
+                old = load_f32(highest + 4 * g)
+                new, total = _softmax_tile(scores + 4 * g * _TILE, keys, old)
+                decay = math.exp(old - new)
+                store_f32(highest + 4 * g, new)
+                store_f32(totals + 4 * g, np.float32(load_f32(totals + 4 * g) * decay + total))
+                _accumulate(acc + 4 * g * head_dim, decay, scores + 4 * g * _TILE, addresses, v_cache, keys, head_dim)
+            first += keys
+        for g in range(group):
+            total = load_f32(totals + 4 * g)
+            factor = broadcast(np.float32(1.0) / total if total != 0 else np.float32(0.0))
+            target = out + item * (token * heads + kv_head * group + g) * head_dim
+            for e in range(0, head_dim, LANES):
+                values = mul(load(acc + 4 * (g * head_dim + e)), factor)
+                if is_bf16:
+                    store_bf16(target + 2 * e, values)
+                else:
+                    store(target + 4 * e, values)
+        task = next_task(block)
+    floats[0] = integers[0] = 0  # numba frees an array after its last use, and addresses are no use
+
+
+_attend_pages_kernel = Kernel(_attend_pages, integers=18, reals=1)
+
+
+def _attend_gathered(q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, window: int | None) -> Tensor:
+    """One sequence's queries, the last of the gathered keys' tokens, by torch's own attention -> out_SHE."""
+    length, context = q_SHE.shape[0], k_SKE.shape[0]
+    mask = None
+    if length != context or (window is not None and window < context):
+        at = torch.arange(context - length, context, device=q_SHE.device)[:, None]
+        key = torch.arange(context, device=q_SHE.device)[None, :]
+        mask = key <= at
+        if window is not None:
+            mask &= key > at - window
+    q, k, v = (x.to(k_SKE.dtype).transpose(0, 1).unsqueeze(0) for x in (q_SHE, k_SKE, v_SKE))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+_LONGEST_IN_PLACE = 16  # queries of a sequence; past that gathering once pays (measured at contexts of 160 and 1024)
+
+
+def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> bool:
+    """Whether the compiled kernel takes these tensors."""
+    return (
+        q.device.type == "cpu"
+        and (q.dtype == torch.bfloat16 or q.dtype == torch.float32)
+        and k_cache.dtype == v_cache.dtype == torch.float32
+        and q.shape[2] % LANES == 0
+        and q.stride(2) == 1
+        and out.is_contiguous()
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and tables.dtype == torch.int32
+        and not (q.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def paged_attention(
+    q_THE: Tensor,
+    k_cache_NPKE: Tensor,
+    v_cache_NPKE: Tensor,
+    *,
+    block_tables_RM: Tensor,
+    rows_B: Tensor,
+    query_start_B1: Tensor,
+    context_lens_B: Tensor,
+    scale: float,
+    window: int | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend as the module says; `out` (shape and dtype of q) is filled and returned when given."""
+    out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device) if out is None else out
+    sequences, longest = rows_B.shape[0], 0
+    if _pages_in_place(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM):
+        decode_only = q_THE.shape[0] <= sequences  # no more than a query each
+        longest = q_THE.shape[0] if decode_only else _LONGEST_IN_PLACE
+        _, page, kv_heads, head_dim = k_cache_NPKE.shape
+        _attend_pages_kernel(
+            q_THE.shape[0] * kv_heads,
+            q_THE.data_ptr(),
+            out_THE.data_ptr(),
+            k_cache_NPKE.data_ptr(),
+            v_cache_NPKE.data_ptr(),
+            block_tables_RM.data_ptr(),
+            rows_B.data_ptr(),
+            query_start_B1.data_ptr(),
+            context_lens_B.data_ptr(),
+            q_THE.shape[1],
+            kv_heads,
+            head_dim,
+            page,
+            block_tables_RM.stride(0),
+            q_THE.stride(0),
+            q_THE.stride(1),
+            q_THE.dtype == torch.bfloat16,
+            window or 0,
+            longest,
+            scale,
+        )
+        if decode_only:
+            return out_THE
+    starts = query_start_B1.tolist()
+    for b in range(sequences):
+        queries = slice(starts[b], starts[b + 1])
+        length = queries.stop - queries.start
+        if length <= longest:
+            continue
+        context = int(context_lens_B[b])
+        if context == 0:
+            out_THE[queries] = 0
+            continue
+        first = 0 if window is None else max(0, context - length - window + 1)
+        blocks_M = block_tables_RM[int(rows_B[b])].long()
+        k_SKE, v_SKE = (_gather(cache, blocks_M, first, context) for cache in (k_cache_NPKE, v_cache_NPKE))
+        out_THE[queries] = _attend_gathered(q_THE[queries], k_SKE, v_SKE, scale, window).to(q_THE.dtype)
+    return out_THE
