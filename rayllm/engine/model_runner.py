@@ -14,6 +14,7 @@ from rayllm.engine.paged_context import PagedContext
 from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
 from rayllm.engine.sampler import Sampler
 from rayllm.models.checkpoint import Checkpoint
+from rayllm.parallel.fuse import fuse_projections
 from rayllm.parallel.load import load_shard, local_kv_heads, stage_layers
 from rayllm.parallel.mesh import Mesh
 from rayllm.parallel.pipeline import recv_hidden, send_hidden
@@ -40,7 +41,8 @@ class ModelRunner:
         self._mesh = mesh
         self._device = device
         self._dtype = dtype
-        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device).eval().requires_grad_(False)
+        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device).requires_grad_(False)
+        fuse_projections(self._model)
         self._layout = KVLayout(
             layers=stage_layers(spec.num_layers, mesh.pp_rank, mesh.pp_size),
             num_kv_heads=local_kv_heads(spec, mesh.tp_size),
@@ -81,13 +83,11 @@ class ModelRunner:
         sampled = self._sample(batch, arrays, hidden_TD)
         if not self._samples:
             return None
-        return StepResult(
-            step_id=batch.step_id,
-            sequences=[
-                SequenceResult(s.seq_id, *sampled.get(s.seq_id, (None, None)), prompt_logprobs.get(s.seq_id))
-                for s in batch.scheduled
-            ],
-        )
+        results = []
+        for scheduled in batch.scheduled:
+            token_id, logprobs = sampled.get(scheduled.seq_id, (None, None))
+            results.append(SequenceResult(scheduled.seq_id, token_id, logprobs, prompt_logprobs.get(scheduled.seq_id)))
+        return StepResult(step_id=batch.step_id, sequences=results)
 
     def _update_rows(self, batch: Batch) -> None:
         for seq_id in batch.released:

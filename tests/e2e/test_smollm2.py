@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rayllm.models.hub import resolve_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayllm.core.config import CacheConfig, SchedulerConfig
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
+from rayllm.models.hub import resolve_model
 
 TEXTS = [
     "The capital of France is",

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from rayllm_kernels import paged_attention, paged_attention_reference, store_kv
 from torch import Tensor
+
+from rayllm_kernels import paged_attention, paged_attention_reference, store_kv
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of outputs of order one; bf16 rounds by 2**-9
 ROWS, UNUSED_BLOCK = 7, 2**30
