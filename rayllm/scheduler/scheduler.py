@@ -221,7 +221,7 @@ class Scheduler:
         num_decodes = -(-len(self._running) // self._max_in_flight)
         prefills = []
         for sequence in list(self._running.values()):
-            if sequence.in_flight or sequence.status is not Status.RUNNING:  # the latter: preempted in this loop
+            if sequence.in_flight or sequence.status is not Status.RUNNING:  # the latter: preempted by one before it
                 continue
             if sequence.num_tokens - sequence.num_computed_tokens > 1:
                 prefills.append(sequence)
@@ -231,7 +231,7 @@ class Scheduler:
                     num_decodes -= 1
                     self._put(step, sequence, new_block_ids)
         for sequence in prefills:
-            if step.budget and sequence.status is Status.RUNNING:
+            if step.budget:
                 self._put(step, sequence, [])
 
     def _grow(self, sequence: Sequence) -> list[int] | None:
