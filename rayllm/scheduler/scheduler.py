@@ -139,7 +139,7 @@ class Scheduler:
             return None
         step = _Step(budget=self._config.max_num_batched_tokens)
         self._schedule_running(step)
-        self._admit(step)  # nobody whom the line above preempted: it is first in the queue, and its blocks are not free
+        self._admit(step)  # nobody just preempted: such a one is first in the queue, and its blocks are not all free
         if not step.scheduled:
             return None
         batch = Batch(step_id=self._next_step_id, released=self._released, new=step.new, scheduled=step.scheduled)
@@ -162,7 +162,8 @@ class Scheduler:
                 self._free(sequence)
                 continue
             group = sequence.group
-            if group.wants_prompt_logprobs and answer.prompt_logprobs is not None:
+            if group.wants_prompt_logprobs:
+                assert answer.prompt_logprobs is not None, f"sequence {sequence.seq_id}: prompt logprobs are missing"
                 group.add_prompt_logprobs(scheduled.start, answer.prompt_logprobs)
             if group.held and sequence.num_computed_tokens >= len(sequence.prompt_token_ids):
                 self._release_siblings(sequence)
@@ -221,7 +222,7 @@ class Scheduler:
         num_decodes = -(-len(self._running) // self._max_in_flight)
         prefills = []
         for sequence in list(self._running.values()):
-            if sequence.in_flight or sequence.status is not Status.RUNNING:  # the latter: preempted in this loop
+            if sequence.in_flight or sequence.status is not Status.RUNNING:  # the latter: preempted by one before it
                 continue
             if sequence.num_tokens - sequence.num_computed_tokens > 1:
                 prefills.append(sequence)
@@ -231,7 +232,7 @@ class Scheduler:
                     num_decodes -= 1
                     self._put(step, sequence, new_block_ids)
         for sequence in prefills:
-            if step.budget and sequence.status is Status.RUNNING:
+            if step.budget:
                 self._put(step, sequence, [])
 
     def _grow(self, sequence: Sequence) -> list[int] | None:

@@ -124,9 +124,9 @@ class Sequence:
         return FinishReason.LENGTH if self.num_tokens >= self.group.max_len else None
 
     def reset(self) -> None:
-        """Back to no blocks and nothing computed; the tokens stay."""
+        """Back to no blocks and nothing computed; the tokens stay. The next admission sets all the rest."""
         self.block_table = []
-        self.num_computed_tokens = self.num_sent_tokens = self.num_cached_blocks = 0
+        self.num_computed_tokens = 0
         self.in_flight = False
 
     def check_integrity(self, blocks: BlockManager) -> None:

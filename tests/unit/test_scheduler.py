@@ -535,7 +535,7 @@ def scripted(tokens: list[int], *, max_model_len=100, **params) -> tuple[list[in
         ([3, EOS, 4], {"ignore_eos": True, "max_tokens": 3}, [3, EOS, 4], "length", None),
         ([3, EOS, 4], {"ignore_eos": True, "stop_token_ids": (EOS,)}, [3, EOS], "stop", EOS),
         ([3, 7, 4], {"stop_token_ids": (7, 8)}, [3, 7], "stop", 7),
-        ([7, EOS, 4, 7, 1], {"stop_token_ids": (7,), "min_tokens": 3}, [7, EOS, 4, 7], "stop", 7),
+        ([7, EOS, 7, 7, 1], {"stop_token_ids": (7,), "min_tokens": 3}, [7, EOS, 7, 7], "stop", 7),
         ([1, 2, 7], {"stop_token_ids": (7,), "max_tokens": 3}, [1, 2, 7], "stop", 7),
         ([1, 2, 3, 4], {"max_tokens": 3}, [1, 2, 3], "length", None),
         ([1, 2, 3, 4], {"max_tokens": 1}, [1], "length", None),
@@ -679,6 +679,9 @@ def test_when_the_ranks_are_lost_everything_goes_on_where_it_was():
     engine.drain()
     for request in (requests[0], requests[2], requests[3]):
         engine.check(request)
+    engine.add("again", [1] * 9)
+    engine.drain()
+    assert engine.outputs["again", 0][0].num_cached_tokens == 8, "what was computed again is cached again"
 
 
 def test_an_answer_to_another_step_is_a_bug():
@@ -746,6 +749,11 @@ def test_when_to_try_again_follows_the_queues_speed(monkeypatch):
     assert retry_after(30) == 20.0, "two of ten tokens must leave"
     now[0] += 1000
     assert retry_after(30) == 60.0, "no more than a minute"
+    engine.drain()
+    now[0] += 1000
+    for i in range(4):
+        engine.add(str(i), [1] * 10, max_tokens=1)
+    assert retry_after(1) == 1.0, "an idle time is no waiting time"
 
 
 # --- several steps in flight
@@ -772,19 +780,24 @@ def test_no_more_steps_than_asked_for_are_in_flight_and_their_sequences_differ()
 
 
 def test_a_sequence_in_flight_is_not_preempted():
-    engine = Engine(in_flight=2, num_blocks=6, block_size=2, max_num_batched_tokens=4)
-    older = engine.add("a", [1, 2, 3], max_tokens=9)
+    engine = Engine(in_flight=2, num_blocks=4, block_size=2)
+    requests = [engine.add("a", [1, 2], max_tokens=6), engine.add("b", [3, 4], max_tokens=6)]
     engine.step()
-    younger = engine.add("b", [4, 5, 6], max_tokens=9)
-    while engine.scheduler.has_work:
-        flying = {s.seq_id for batch, _ in engine.scheduler._in_flight for s in batch.scheduled}
-        batch = engine.schedule()
-        assert batch is None or not flying & set(batch.released)
-        engine.commit()
+    assert [shape(engine.schedule()), shape(engine.schedule())] == [[(0, 2, 1, True)], [(1, 2, 1, True)]]
+    engine.commit()
+    assert shape(engine.schedule()) == [(0, 3, 1, True)]
+    engine.commit()
+    assert shape(engine.schedule()) == [(1, 3, 1, True)]
+    engine.commit()
+    assert engine.scheduler.free_blocks == 0
+    assert engine.schedule() is None, "a needs a block, and b is in flight"
+    assert engine.scheduler.preemptions == 0
+    engine.commit()
+    assert shape(batch := engine.schedule()) == [(0, 4, 1, True)]
+    assert batch.released == [1]
     engine.drain()
-    assert engine.scheduler.preemptions > 0
-    engine.check(older)
-    engine.check(younger)
+    for request in requests:
+        engine.check(request)
 
 
 # --- everything at once
