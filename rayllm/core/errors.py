@@ -70,6 +70,12 @@ class RequestAbortedError(RayLLMError):
     code = "aborted"
 
 
+class ModelOutputError(RayLLMError):
+    """The model gave no distribution to choose a token from: its numbers are broken, for this request at least."""
+
+    code = "invalid_model_output"
+
+
 class EngineUnavailableError(RayLLMError):
     """The engine cannot serve now (a shard was lost, or it is shutting down); the request may be retried."""
 

@@ -21,7 +21,7 @@ MAX_SEED = (1 << 63) - 1
 class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the context is used up
-    ABORT = "abort"
+    ERROR = "error"  # the model gave no distribution to choose from (NaN, or nothing possible)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,10 +20,11 @@ from rayllm.core.errors import (
     DeadlineExceededError,
     EngineUnavailableError,
     InvalidRequestError,
+    ModelOutputError,
     RayLLMError,
     RequestAbortedError,
 )
-from rayllm.core.types import Request
+from rayllm.core.types import FinishReason, Request
 from rayllm.engine.build import EngineParts, ExecutorFactory, build_engine, prepare, start_local
 from rayllm.engine.output_processor import OutputProcessor
 from rayllm.engine.outputs import OutputDelta
@@ -115,7 +116,7 @@ class AsyncEngine:
         """The answer's pieces as they come, those of the `n` sequences interleaved. Closing it aborts the request.
 
         Raises InvalidRequestError, CapacityError (the queue is full) or EngineUnavailableError before the first piece;
-        DeadlineExceededError, RequestAbortedError or EngineUnavailableError after any.
+        DeadlineExceededError, RequestAbortedError, ModelOutputError or EngineUnavailableError after any.
         """
         self.limits.check(request.prompt_token_ids, request.params)
         stream = _Stream(request)
@@ -252,6 +253,9 @@ class AsyncEngine:
         items: list[tuple[_Stream, OutputDelta | RayLLMError]] = []
         with self._changed:
             for request_id, delta in self._processor.process(outputs):
+                if delta.finish_reason is FinishReason.ERROR:
+                    self._end(request_id, ModelOutputError("the model gave no finite probabilities for the next token"))
+                    continue
                 if isinstance(delta.stop_reason, str):
                     self._engine.abort(request_id, delta.index)
                 items.append((self._streams[request_id], delta))

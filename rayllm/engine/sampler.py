@@ -19,9 +19,7 @@ from rayllm.engine.logprobs import position_logprobs
 from rayllm.engine.penalties import PenaltyTable
 from rayllm.engine.sampling_plan import DrawGroup, RowState, SamplingPlan, uses_occurrence, uses_repetition
 from rayllm.engine.truncation import draw, filtered
-from rayllm.scheduler.batch import NewSequence, PositionLogprobs
-
-NO_TOKEN = -1
+from rayllm.scheduler.batch import NO_TOKEN, NewSequence, PositionLogprobs
 
 
 class Sampler:

@@ -7,6 +7,8 @@ except the one `NewSequence` at its admission.
 
 import msgspec
 
+NO_TOKEN = -1  # a row whose logits are NaN or leave nothing possible
+
 
 class SamplerSpec(msgspec.Struct, frozen=True, array_like=True):
     """`SamplingParams` as the sampler needs them: the seed resolved, text-level stops left out."""
@@ -69,8 +71,11 @@ class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceResult(msgspec.Struct, frozen=True, array_like=True):
-    """`token_id` is None where the step did not sample. `prompt_logprobs` cover the chunk's positions, for tokens
-    start + 1 .. start + num_tokens that lie in the prompt; None when not asked for."""
+    """`token_id` is None where the step did not sample, NO_TOKEN where it could not.
+
+    `prompt_logprobs` cover the chunk's positions, for tokens start + 1 .. start + num_tokens that lie in the prompt;
+    None when not asked for.
+    """
 
     seq_id: int
     token_id: int | None

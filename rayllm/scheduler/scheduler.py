@@ -20,7 +20,7 @@ from itertools import islice
 from rayllm.core.config import SchedulerConfig
 from rayllm.core.errors import InvalidRequestError
 from rayllm.core.types import FinishReason, Request
-from rayllm.scheduler.batch import Batch, NewSequence, ScheduledSequence, SequenceResult, StepResult
+from rayllm.scheduler.batch import NO_TOKEN, Batch, NewSequence, ScheduledSequence, SequenceResult, StepResult
 from rayllm.scheduler.block_manager import BlockManager, root_hash
 from rayllm.scheduler.sequence import Sequence, SequenceGroup, SequenceOutput, Status, new_group, token_logprobs
 from rayllm.scheduler.waiting_queue import WaitingQueue
@@ -355,7 +355,7 @@ class Scheduler:
         assert sequence.num_cached_tokens is not None
         group = sequence.group
         prompt_logprobs, group.prompt_logprobs = group.prompt_logprobs, None
-        finish_reason = sequence.append(token_id)
+        finish_reason = FinishReason.ERROR if token_id == NO_TOKEN else sequence.append(token_id)
         if finish_reason is not None:
             del self._running[sequence.seq_id]
             self._free(sequence)
@@ -363,7 +363,7 @@ class Scheduler:
         return SequenceOutput(
             request_id=group.request.request_id,
             index=sequence.index,
-            token_id=token_id,
+            token_id=None if token_id == NO_TOKEN else token_id,
             logprobs=None if answer.logprobs is None else token_logprobs(answer.logprobs),
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,

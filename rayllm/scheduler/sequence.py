@@ -26,7 +26,7 @@ class Status(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SequenceOutput:
-    """One new token of one sequence.
+    """One new token of one sequence; None where the model gave nothing to choose from, which ends it by ERROR.
 
     `token_id` is always part of the output, a stop token too; `stop_token` repeats it where it ended the sequence.
     `prompt_logprobs`, if asked for, come once, with the first output of the first sequence of the request: one entry
@@ -36,7 +36,7 @@ class SequenceOutput:
 
     request_id: str
     index: int
-    token_id: int
+    token_id: int | None
     logprobs: TokenLogprobs | None
     prompt_logprobs: list[TokenLogprobs | None] | None
     finish_reason: FinishReason | None

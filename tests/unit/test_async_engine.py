@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from rayllm.core.errors import (
@@ -13,6 +15,7 @@ from rayllm.core.errors import (
     DeadlineExceededError,
     EngineUnavailableError,
     InvalidRequestError,
+    ModelOutputError,
     RequestAbortedError,
 )
 from rayllm.core.types import FinishReason, Request, SamplingParams
@@ -192,6 +195,22 @@ async def test_an_engine_that_dies_ends_every_stream(tiny_model, error):
         engine.check_health()
     with pytest.raises(EngineUnavailableError):
         await answer(engine, request("afterwards"))
+    await engine.close()
+
+
+async def test_a_request_whose_numbers_are_broken_fails_alone(make_tiny_model):
+    directory = make_tiny_model()
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][ord("z")] = torch.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    engine = AsyncEngine.start(config(directory))
+    requests = [request("well 1"), request("zzz"), request("well 2")]
+    results = await asyncio.gather(*(answer(engine, each) for each in requests), return_exceptions=True)
+    assert isinstance(results[1], ModelOutputError)
+    assert [len(results[i][0]) for i in (0, 2)] == [20, 20]
+    await settled(engine)
+    engine.check_integrity()
+    engine.check_health()
     await engine.close()
 
 

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from rayllm.engine.sampler import NO_TOKEN, Sampler
-from rayllm.scheduler.batch import NewSequence, SamplerSpec
+from rayllm.engine.sampler import Sampler
+from rayllm.scheduler.batch import NO_TOKEN, NewSequence, SamplerSpec
 
 CPU = torch.device("cpu")
 BASE = SamplerSpec(
