@@ -7,6 +7,7 @@ import pytest
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from rayllm.core.errors import EngineUnavailableError
 from rayllm.proto.v1 import inference_pb2 as pb
 
 MODEL = "tiny"
@@ -136,3 +137,16 @@ async def test_health(server):
         first = await anext(aiter(watch))
         assert health_pb2.HealthCheckResponse.ServingStatus.Name(first.status) == status
         watch.cancel()
+
+
+async def test_health_is_the_engines(server, monkeypatch):
+    def stalled() -> None:
+        raise EngineUnavailableError("no step was completed for 130 s although there is work")
+
+    monkeypatch.setattr(server.engine, "check_health", stalled)
+    answer = await health_pb2_grpc.HealthStub(server.channel).Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    response = await server.http.get("/health")
+    assert response.status_code == 503
+    assert "no step" in response.json()["error"]["message"]
+    assert int(response.headers["retry-after"]) >= 1
