@@ -18,6 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import grpc
+import httpx
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
 from rayllm.core.errors import ConfigError, EngineUnavailableError
 from rayllm.engine.build import prepare
 from rayllm.serve.config import ServeConfig
@@ -26,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_GRPC_MESSAGE_BYTES = 16 << 20
 _SIDE_PORTS = range(20000, 30000)  # between Ray's own and those that Serve gives its replicas
+_ROUTE_S = 15.0  # for the proxy to know the replica
 _STOP_S = 15.0  # for a replica to end once it is drained
 
 
@@ -70,18 +76,18 @@ def serve_local(config: ServeConfig) -> LocalServer:
     with ExitStack() as stack:
         stack.enter_context(_ray(config))
         stack.enter_context(_application(config))
+        http_url, grpc_address = f"http://127.0.0.1:{config.http_port}", f"127.0.0.1:{config.grpc_port}"
+        _await_answers(http_url, grpc_address)
         return LocalServer(
-            http_url=f"http://127.0.0.1:{config.http_port}",
-            grpc_address=f"127.0.0.1:{config.grpc_port}",
-            model=config.served_model,
-            _stack=stack.pop_all(),
+            http_url=http_url, grpc_address=grpc_address, model=config.served_model, _stack=stack.pop_all()
         )
 
 
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
     directory = Path(tempfile.mkdtemp(prefix="rayllm-serve-"))
-    os.environ.update(_environment(directory))
+    environment = _environment(directory)
+    os.environ.update(environment)
     import ray
     from ray import serve
 
@@ -110,6 +116,8 @@ def _ray(config: ServeConfig) -> Iterator[None]:
             with redirect_stdout(io.StringIO()):
                 serve.shutdown()
                 ray.shutdown()
+        for name in environment:
+            del os.environ[name]
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -132,6 +140,22 @@ def _application(config: ServeConfig) -> Iterator[None]:
     serve.delete(APP_NAME, _blocking=False)
     while APP_NAME in serve.status().applications and time.monotonic() < give_up:
         time.sleep(0.1)
+
+
+def _await_answers(http_url: str, grpc_address: str) -> None:
+    """HAProxy hears of a replica a moment after Serve calls it ready."""
+    give_up = time.monotonic() + _ROUTE_S
+    with grpc.insecure_channel(grpc_address) as channel, httpx.Client(base_url=http_url, timeout=_ROUTE_S) as http:
+        health = HealthStub(channel)
+        while True:
+            try:
+                http.get("/health").raise_for_status()
+                health.Check(HealthCheckRequest(), timeout=_ROUTE_S)
+                return
+            except (httpx.HTTPError, grpc.RpcError) as error:
+                if time.monotonic() > give_up:
+                    raise EngineUnavailableError(f"the endpoint does not answer: {_cause(str(error))}") from error
+                time.sleep(0.05)
 
 
 def _cause(report: str) -> str:
