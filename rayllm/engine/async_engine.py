@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -112,7 +112,7 @@ class AsyncEngine:
         """Raises ConfigError or CheckpointError when the model cannot be loaded."""
         return cls(build_engine(prepare(config), start_executor))
 
-    async def generate(self, request: Request) -> AsyncIterator[OutputDelta]:
+    async def generate(self, request: Request) -> AsyncGenerator[OutputDelta, None]:
         """The answer's pieces as they come, those of the `n` sequences interleaved. Closing it aborts the request.
 
         Raises InvalidRequestError, CapacityError (the queue is full) or EngineUnavailableError before the first piece;

@@ -1,0 +1,60 @@
+"""The Serve application: one deployment that is the HTTP ingress and the gRPC servicer at once."""
+
+from ray import serve
+from ray.serve.config import BackpressureConfig, HTTPOptions, gRPCOptions
+
+from rayllm.core.errors import ConfigError
+from rayllm.serve.config import ServeConfig
+from rayllm.serve.deployment import InferenceReplica
+
+APP_NAME = "rayllm"
+
+# Requests that a replica holds beside those its engine runs or queues: health checks, metrics, and those about to be
+# refused. The engine's own bounded queue is what pushes back; Serve's only has to be wider.
+_BESIDE_THE_ENGINE = 256
+
+
+def build_app(config: ServeConfig) -> serve.Application:
+    scheduler = config.engine.scheduler
+    deployment = serve.deployment(
+        serve.ingress()(InferenceReplica),
+        name="inference",
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": 1},
+        max_ongoing_requests=scheduler.max_num_seqs + scheduler.max_waiting_requests + _BESIDE_THE_ENGINE,
+        max_queued_requests=_BESIDE_THE_ENGINE,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        max_constructor_retry_count=1,
+    )
+    return deployment.bind(config)
+
+
+def http_options(config: ServeConfig) -> HTTPOptions:
+    return HTTPOptions(port=config.http_port)
+
+
+def grpc_options(config: ServeConfig) -> gRPCOptions:
+    return gRPCOptions(
+        port=config.grpc_port,
+        grpc_servicer_functions=[
+            "rayllm.serve.grpc_service.add_inference_to_server",
+            "rayllm.serve.grpc_service.add_health_to_server",
+        ],
+        enable_reflection=True,
+    )
+
+
+def check_direct_ingress() -> None:
+    """A stream that is refused before its first message needs direct ingress: Serve's Python proxy would lose the
+    status and end it as if it had succeeded."""
+    from ray.serve._private.constants import RAY_SERVE_ENABLE_DIRECT_INGRESS
+
+    if not RAY_SERVE_ENABLE_DIRECT_INGRESS:
+        raise ConfigError(
+            "Ray Serve was imported without RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1; "
+            "set both before Ray starts"
+        )

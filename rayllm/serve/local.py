@@ -1,0 +1,212 @@
+"""An endpoint on this machine: starts a Ray of its own, serves, and leaves nothing behind."""
+
+import io
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+import httpx
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from rayllm.core.errors import ConfigError, EngineUnavailableError
+from rayllm.engine.build import prepare
+from rayllm.serve.config import ServeConfig
+
+logger = logging.getLogger(__name__)
+
+_MAX_GRPC_MESSAGE_BYTES = 16 << 20
+_SIDE_PORTS = range(20000, 30000)  # between Ray's own and those that Serve gives its replicas
+_ROUTE_S = 15.0  # for the proxy to know the replica
+_STOP_S = 15.0  # for a replica to end once it is drained
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalServer:
+    """A running endpoint. `stop` (or leaving the `with`) drains it, and ends every process that it started."""
+
+    http_url: str
+    grpc_address: str
+    model: str
+    _stack: ExitStack
+
+    def wait(self) -> None:
+        """Until SIGINT or SIGTERM. For the main thread."""
+        received = threading.Event()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = [signal.signal(each, lambda number, frame: received.set()) for each in signals]
+        try:
+            received.wait()
+        finally:
+            for each, handler in zip(signals, previous, strict=True):
+                signal.signal(each, handler)
+
+    def stop(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def serve_local(config: ServeConfig) -> LocalServer:
+    """Returns once the endpoint answers. Raises ConfigError or CheckpointError with one line that names the cause: all
+    that can be found wrong without a process of Ray's is looked for before any is started."""
+    _check_port("http_port", config.http_port)
+    _check_port("grpc_port", config.grpc_port)
+    prepare(config.engine)
+    with ExitStack() as stack:
+        stack.enter_context(_ray(config))
+        stack.enter_context(_application(config))
+        http_url, grpc_address = f"http://127.0.0.1:{config.http_port}", f"127.0.0.1:{config.grpc_port}"
+        _await_answers(http_url, grpc_address)
+        return LocalServer(
+            http_url=http_url, grpc_address=grpc_address, model=config.served_model, _stack=stack.pop_all()
+        )
+
+
+@contextmanager
+def _ray(config: ServeConfig) -> Iterator[None]:
+    directory = Path(tempfile.mkdtemp(prefix="rayllm-serve-"))
+    environment = _environment(directory)
+    os.environ.update(environment)
+    import ray
+    from ray import serve
+
+    from rayllm.serve.app import check_direct_ingress, grpc_options, http_options
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        check_direct_ingress()
+        world_size = config.engine.parallel.world_size
+        ray.init(
+            address="local",
+            # Logical CPUs, so that a small machine may hold every rank; one more for the replica itself.
+            num_cpus=max(os.cpu_count() or 1, config.num_replicas * (world_size + 1)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        try:
+            serve.start(http_options=http_options(config), grpc_options=grpc_options(config))
+        except ray.exceptions.RayError as error:
+            raise EngineUnavailableError(f"Ray Serve did not start: {_cause(str(error))}") from error
+        yield
+    finally:
+        if ray.is_initialized():
+            # Ray reports on stdout that the controller is gone, which is what it was asked for.
+            with redirect_stdout(io.StringIO()):
+                serve.shutdown()
+                ray.shutdown()
+        for name in environment:
+            del os.environ[name]
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _application(config: ServeConfig) -> Iterator[None]:
+    from ray import serve
+
+    from rayllm.serve.app import APP_NAME, build_app
+
+    try:
+        serve.run(build_app(config), name=APP_NAME)
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        report = "\n".join(deployment.message for deployment in deployments)
+        raise EngineUnavailableError(f"the replica did not start: {_cause(report)}") from error
+    yield
+    # Shutting Serve down would cut the streams at once, for it kills the proxy first; deleting the application lets
+    # its replicas answer what they have. Serve ends a replica that takes longer than its time.
+    give_up = time.monotonic() + config.drain_timeout_s + _STOP_S
+    serve.delete(APP_NAME, _blocking=False)
+    while APP_NAME in serve.status().applications and time.monotonic() < give_up:
+        time.sleep(0.1)
+
+
+def _await_answers(http_url: str, grpc_address: str) -> None:
+    """HAProxy hears of a replica a moment after Serve calls it ready."""
+    give_up = time.monotonic() + _ROUTE_S
+    with grpc.insecure_channel(grpc_address) as channel, httpx.Client(base_url=http_url, timeout=_ROUTE_S) as http:
+        health = HealthStub(channel)
+        while True:
+            try:
+                http.get("/health").raise_for_status()
+                health.Check(HealthCheckRequest(), timeout=_ROUTE_S)
+                return
+            except (httpx.HTTPError, grpc.RpcError) as error:
+                if time.monotonic() > give_up:
+                    raise EngineUnavailableError(f"the endpoint does not answer: {_cause(str(error))}") from error
+                time.sleep(0.05)
+
+
+def _cause(report: str) -> str:
+    """What went wrong, out of Ray's report with its tracebacks: our own error, else the last line."""
+    found = re.findall(r"^rayllm\.core\.errors\.\w+: (.+)$", report, re.MULTILINE)
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    return (found or lines or ["no reason was given"])[-1]
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """What Serve reads when it is first imported, here and in every process of Ray's.
+
+    HAProxy in front of replicas that listen themselves; its files and side ports its own, so that several endpoints may
+    share a machine.
+    """
+    stats, metrics, fallback_http, fallback_grpc = (str(port) for port in _free_ports(4))
+    defaults = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(_MAX_GRPC_MESSAGE_BYTES),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": stats,
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback_http,
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": fallback_grpc,
+    }
+    return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+def _check_port(name: str, port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError as error:
+            raise ConfigError(f"{name}: port {port} cannot be used: {str(error.strerror).lower()}") from None
+
+
+def _free_ports(count: int) -> list[int]:
+    """Not of the kernel's choosing: Ray opens many of those before Serve comes to use these."""
+    free = []
+    for port in random.sample(_SIDE_PORTS, len(_SIDE_PORTS)):
+        with suppress(ConfigError):
+            _check_port("side port", port)
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise ConfigError(f"no {count} free ports in {_SIDE_PORTS.start}-{_SIDE_PORTS.stop - 1}")
