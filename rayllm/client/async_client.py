@@ -25,19 +25,22 @@ class AsyncClient:
         self._stub: Any = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s
+        self._served_model: str | None = None
 
     async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        model: str = "",
+        model: str | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Generation:
         """See `Client.generate`."""
         limit = self._timeout_s if timeout_s is None else timeout_s
-        request = codec.generate_request(prompt, params, model=model, request_id=request_id, timeout_s=limit)
+        request = codec.generate_request(
+            prompt, params, model=model or await self._model(), request_id=request_id, timeout_s=limit
+        )
         return codec.generation(await _call(self._stub.Generate, request, limit), params)
 
     async def stream(
@@ -45,13 +48,15 @@ class AsyncClient:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        model: str = "",
+        model: str | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Chunk]:
         """See `Client.stream`. Use `contextlib.aclosing` where the loop over it may be left early."""
         limit = self._timeout_s if timeout_s is None else timeout_s
-        request = codec.generate_request(prompt, params, model=model, request_id=request_id, timeout_s=limit)
+        request = codec.generate_request(
+            prompt, params, model=model or await self._model(), request_id=request_id, timeout_s=limit
+        )
         call = self._stub.GenerateStream(request, timeout=limit)
         try:
             async for message in call:
@@ -66,13 +71,15 @@ class AsyncClient:
         response = await _call(self._stub.Abort, pb.AbortRequest(request_id=request_id), self._timeout_s)
         return bool(response.aborted)
 
-    async def tokenize(self, prompt: Prompt, *, model: str = "", add_special_tokens: bool = True) -> list[int]:
+    async def tokenize(self, prompt: Prompt, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
         """See `Client.tokenize`."""
-        request = codec.tokenize_request(prompt, model=model, add_special_tokens=add_special_tokens)
+        request = codec.tokenize_request(
+            prompt, model=model or await self._model(), add_special_tokens=add_special_tokens
+        )
         return list((await _call(self._stub.Tokenize, request, self._timeout_s)).token_ids)
 
-    async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
-        request = codec.detokenize_request(token_ids, model=model)
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        request = codec.detokenize_request(token_ids, model=model or await self._model())
         return str((await _call(self._stub.Detokenize, request, self._timeout_s)).text)
 
     async def model_info(self) -> ModelInfo:
@@ -86,6 +93,11 @@ class AsyncClient:
         response = await _call(self._health.Check, health_pb2.HealthCheckRequest(), self._timeout_s)
         if response.status != health_pb2.HealthCheckResponse.SERVING:
             raise EngineUnavailableError("the server is up but does not serve now")
+
+    async def _model(self) -> str:
+        if self._served_model is None:
+            self._served_model = (await self.model_info()).model
+        return self._served_model
 
     async def close(self) -> None:
         await self._channel.close(grace=None)

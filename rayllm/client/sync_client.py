@@ -29,19 +29,22 @@ class Client:
         self._stub: Any = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s
+        self._served_model: str | None = None
 
     def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        model: str = "",
+        model: str | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Generation:
-        """The whole answer to a text, to token ids or to a conversation. `model` "": the one that is served."""
+        """The whole answer to a text, to token ids or to a conversation. `model` None: the one that is served."""
         limit = self._timeout_s if timeout_s is None else timeout_s
-        request = codec.generate_request(prompt, params, model=model, request_id=request_id, timeout_s=limit)
+        request = codec.generate_request(
+            prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
+        )
         return codec.generation(_call(self._stub.Generate, request, limit), params)
 
     def stream(
@@ -49,13 +52,15 @@ class Client:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        model: str = "",
+        model: str | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Generator[Chunk]:
         """The answer's pieces as they come. Closing the iterator ends the request on the server."""
         limit = self._timeout_s if timeout_s is None else timeout_s
-        request = codec.generate_request(prompt, params, model=model, request_id=request_id, timeout_s=limit)
+        request = codec.generate_request(
+            prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
+        )
         call = self._stub.GenerateStream(request, timeout=limit)
         try:
             for message in call:
@@ -70,14 +75,14 @@ class Client:
         response: pb.AbortResponse = _call(self._stub.Abort, pb.AbortRequest(request_id=request_id), self._timeout_s)
         return response.aborted
 
-    def tokenize(self, prompt: Prompt, *, model: str = "", add_special_tokens: bool = True) -> list[int]:
+    def tokenize(self, prompt: Prompt, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text, or of a conversation by the model's chat template."""
-        request = codec.tokenize_request(prompt, model=model, add_special_tokens=add_special_tokens)
+        request = codec.tokenize_request(prompt, model=model or self._model(), add_special_tokens=add_special_tokens)
         response: pb.TokenizeResponse = _call(self._stub.Tokenize, request, self._timeout_s)
         return list(response.token_ids)
 
-    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
-        request = codec.detokenize_request(token_ids, model=model)
+    def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        request = codec.detokenize_request(token_ids, model=model or self._model())
         response: pb.DetokenizeResponse = _call(self._stub.Detokenize, request, self._timeout_s)
         return response.text
 
@@ -92,6 +97,11 @@ class Client:
         response = _call(self._health.Check, health_pb2.HealthCheckRequest(), self._timeout_s)
         if response.status != health_pb2.HealthCheckResponse.SERVING:
             raise EngineUnavailableError("the server is up but does not serve now")
+
+    def _model(self) -> str:
+        if self._served_model is None:
+            self._served_model = self.model_info().model
+        return self._served_model
 
     def close(self) -> None:
         self._channel.close()
