@@ -8,12 +8,11 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rayllm.cli.config_file import engine_config_from, read_config
+from rayllm.cli.config_file import Sections, engine_config, merge
 from rayllm.cli.units import parse_bytes
 from rayllm.core.config import DTYPES, EngineConfig
 from rayllm.core.errors import InvalidRequestError
@@ -60,19 +59,18 @@ class EngineOptions:
         int | None, _engine("--max-num-batched-tokens", "Token budget of one step [1024].", min=1)
     ] = None
 
-    def config(self, model: str | None, *, file: Path | None = None) -> EngineConfig:
+    def config(self, model: str) -> EngineConfig:
         """Raises ConfigError."""
-        given: dict[str, dict[str, Any]] = {
+        return engine_config(merge({}, self.sections(model)))
+
+    def sections(self, model: str | None) -> Sections:
+        """As in a configuration file; None where nothing was given."""
+        return {
             "model": {"model": model, "dtype": self.dtype, "max_model_len": self.max_model_len},
             "parallel": {"tensor": self.tp, "pipeline": self.pp},
             "cache": {"cpu_memory_bytes": self.kv_cache_memory, "gpu_memory_fraction": self.gpu_memory_fraction},
             "scheduler": {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens},
         }
-        sections = read_config(file) if file is not None else {}
-        for section, values in given.items():
-            chosen = {name: value for name, value in values.items() if value is not None}
-            sections[section] = {**sections.get(section, {}), **chosen}
-        return engine_config_from(sections)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

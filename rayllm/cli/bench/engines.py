@@ -2,6 +2,7 @@
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from rayllm.cli.bench.throughput import Run
 from rayllm.core.types import SamplingParams
@@ -18,6 +19,7 @@ def rayllm_run(llm: LLM) -> Run:
 
 def transformers_run(model: str, dtype: str) -> Run:
     """transformers' own `generate`: greedy, one padded batch, on the device that rayllm would use."""
+    disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     directory = resolve_model(model)
     network = AutoModelForCausalLM.from_pretrained(

@@ -20,7 +20,7 @@ def offline(
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests, all handed over at once.")] = 16,
     input_len: Annotated[int, typer.Option("--input-len", min=1, help="Tokens of each prompt (random ones).")] = 128,
     output_len: Annotated[int, typer.Option("--output-len", min=2, help="Tokens of each answer.")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds; the median counts.")] = 5,
     against_transformers: Annotated[
         bool, typer.Option("--against-transformers", help="Time transformers' generate too, in turns with rayllm.")
     ] = False,
@@ -59,7 +59,7 @@ def _measure(
 
 def _as_json(config: EngineConfig, workload: dict[str, int], speeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """rayllm's figures at the top; those of transformers, if any, under its name."""
-    from rayllm.cli.bench.statistics import versions
+    from rayllm.cli.versions import versions
 
     result = dict(speeds["rayllm"])
     if (other := speeds.get("transformers")) is not None:

@@ -45,7 +45,7 @@ def served(
     if result["errors"] == requests:
         raise RayLLMError(f"every request failed: {next(iter(result['error_messages']))}")
     if as_json:
-        from rayllm.cli.bench.statistics import versions
+        from rayllm.cli.versions import versions
 
         print_json(
             result | {"settings": {"target": url or in_process, **workload}, "versions": versions("torch", "ray")}

@@ -1,11 +1,8 @@
-"""Statistics of a benchmark, and the settings that make its figures comparable."""
+"""What goes into a benchmark and what comes out: prompts and percentiles."""
 
-import os
-import platform
 import random
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 
 def percentile(sorted_values: Sequence[float], percent: float) -> float:
@@ -34,13 +31,3 @@ def random_prompts(count: int, length: int, *, seed: int) -> list[list[int]]:
     """Token ids that every vocabulary has; no two prompts share a prefix, so that no prefix cache helps."""
     generator = random.Random(seed)
     return [[generator.randrange(256) for _ in range(length)] for _ in range(count)]
-
-
-def versions(*packages: str) -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
-    for package in ("rayllm", *packages):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
