@@ -34,7 +34,10 @@ def parse_event(line: str) -> dict[str, Any] | None:
     data = line.removeprefix("data:").strip()
     if data == "[DONE]":
         return None
-    event: dict[str, Any] = json.loads(data)
+    try:
+        event: dict[str, Any] = json.loads(data)
+    except ValueError:
+        raise RayLLMError(f"the server sent an event that is not JSON: {data[:200]}") from None
     if "error" in event:
         raise RayLLMError(f"the server ended the stream: {event['error'].get('message', 'no reason given')}")
     return event

@@ -59,8 +59,8 @@ class EngineOptions:
         int | None, _engine("--max-num-batched-tokens", "Token budget of one step [1024].", min=1)
     ] = None
 
-    def config(self, model: str) -> EngineConfig:
-        """Raises ConfigError."""
+    def config(self, model: str | None) -> EngineConfig:
+        """Raises ConfigError, also for no model."""
         return engine_config(merge({}, self.sections(model)))
 
     def sections(self, model: str | None) -> Sections:
