@@ -57,13 +57,13 @@ def serve(
         }
     }
     settings = serve_config(merge(read_config(config) if config is not None else {}, given))
-    # An orchestrator asks to stop by SIGTERM; it means the same as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     note(f"Starting {settings.served_model} ...")
     with stdout_kept_clean():
         from rayllm.serve.local import serve_local
 
         server = serve_local(settings)
+    # An orchestrator asks to stop by SIGTERM; it means the same as Ctrl-C. Only now, for Ray sets a handler of its own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with server:
         if as_json:
             print_json({"model": server.model, "http_url": server.http_url, "grpc_address": server.grpc_address})
@@ -72,7 +72,10 @@ def serve(
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            note("Stopping; running requests may finish ...")
+            # A second signal would cut the shutdown short and leave processes behind; the drain has an end of its own.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            note(f"Stopping; running requests have {settings.drain_timeout_s:g} s to finish ...")
 
 
 def _greeting(server: "LocalServer") -> str:
