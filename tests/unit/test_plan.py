@@ -15,6 +15,7 @@ from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.families import spec_from_config
 from rayllm.parallel.load import load_shard
 from rayllm.parallel.mesh import Mesh
+from tests.tiny_models import CASES, tiny_config
 
 LLAMA = {
     "model_type": "llama",
@@ -26,8 +27,6 @@ LLAMA = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-GPT2 = {"model_type": "gpt2", "vocab_size": 517, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
-QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 20, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 
 def test_the_textbook_example():
@@ -40,8 +39,9 @@ def test_the_textbook_example():
     assert MemoryPlan(num_params=41, dtype="float32", gpu_bytes=160).gpus == 2
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, QWEN3, {**LLAMA, "attention_bias": True, "mlp_bias": True}])
-def test_parameters_of_the_whole_model_are_those_of_transformers(config):
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_of_the_whole_model_are_those_of_transformers(case):
+    config = tiny_config(case)
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     assert max_rank_params(spec_from_config(config), 1, 1) == reference.num_parameters()
