@@ -63,7 +63,9 @@ def serve(
 
         server = serve_local(settings)
     # An orchestrator asks to stop by SIGTERM; it means the same as Ctrl-C. Only now, for Ray sets a handler of its own.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: a shell starts what it puts in the background with SIGINT ignored.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.default_int_handler)
     with server:
         if as_json:
             print_json({"model": server.model, "http_url": server.http_url, "grpc_address": server.grpc_address})
@@ -73,8 +75,8 @@ def serve(
             threading.Event().wait()
         except KeyboardInterrupt:
             # A second signal would cut the shutdown short and leave processes behind; the drain has an end of its own.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for signal_number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signal_number, signal.SIG_IGN)
             note(f"Stopping; running requests have {settings.drain_timeout_s:g} s to finish ...")
 
 
