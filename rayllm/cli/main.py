@@ -1,0 +1,57 @@
+"""The `rayllm` program: one command per file; nothing heavy is imported before a command runs.
+
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from rayllm.cli import chat, generate, models, plan, serve
+from rayllm.cli.bench import app as bench
+from rayllm.cli.console import note, set_up_logging
+from rayllm.core.errors import RayLLMError
+
+app = typer.Typer(
+    name="rayllm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start here: `rayllm serve smollm2-135m`",
+)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
+app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from rayllm.cli.versions import installed_version
+
+        print(f"rayllm {installed_version('rayllm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log everything, on stderr.")] = False,
+) -> None:
+    """Serve and run language models on Ray: one command, HTTP and gRPC."""
+    set_up_logging(verbose=verbose)
+
+
+def main() -> None:
+    try:
+        app()
+    except RayLLMError as error:
+        note(f"error: {error}")
+        sys.exit(1)

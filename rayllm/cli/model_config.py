@@ -1,0 +1,26 @@
+"""A model's shape from its config.json, for the commands that load no weights and download nothing."""
+
+import json
+from pathlib import Path
+
+from rayllm.core.errors import CheckpointError
+from rayllm.models.embedded import EMBEDDED
+from rayllm.models.families import spec_from_config
+from rayllm.models.spec import DecoderSpec
+
+
+def read_spec(model: str) -> DecoderSpec:
+    """`model`: a directory, or the name of an embedded model that was fetched.
+
+    Raises CheckpointError for a config.json that cannot be read, ConfigError for one that is not supported.
+    """
+    path = (EMBEDDED[model].directory if model in EMBEDDED else Path(model)) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(path, error.strerror or "cannot be read") from None
+    except ValueError as error:
+        raise CheckpointError(path, f"not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(path, "must hold a JSON object")
+    return spec_from_config(config)

@@ -1,0 +1,163 @@
+"""`rayllm plan`: the memory arithmetic of a model, shown step by step."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from rayllm.cli.console import print_json, print_table
+from rayllm.cli.options import Json
+from rayllm.cli.planning import ADAMW_BYTES_PER_PARAM, MemoryPlan, ModelPlan, plan_model
+from rayllm.cli.units import format_bytes, parse_bytes, parse_count
+from rayllm.core.config import CacheConfig
+
+EXAMPLES = """
+Example: rayllm plan --params 175e9 --dtype bfloat16 --gpu-memory 80GB
+
+Example: rayllm plan ./my-model --gpu-memory 24GB --context 4096
+"""
+
+
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A Hugging Face directory or a fetched model; only its config.json is read."
+        ),
+    ] = None,
+    params: Annotated[
+        int | None,
+        typer.Option("--params", parser=parse_count, metavar="COUNT", help="Without a directory: 175e9, 7B, 135M."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights and the KV cache.")
+    ] = "bfloat16",
+    gpu_memory: Annotated[
+        int,
+        typer.Option("--gpu-memory", parser=parse_bytes, metavar="SIZE", help="Memory of one GPU: 80GB, 24GiB."),
+    ] = "80GB",  # type: ignore[assignment]  # typer parses the default like an argument
+    gpu_memory_fraction: Annotated[
+        float,
+        typer.Option("--gpu-memory-fraction", min=0.01, max=1.0, help="Share of it for weights and KV cache."),
+    ] = CacheConfig().gpu_memory_fraction,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens in a sequence (the model's longest).")
+    ] = None,
+    max_gpus: Annotated[
+        int | None,
+        typer.Option("--max-gpus", min=1, max=4096, help="Largest layout to list (8, or what the weights need)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Work out the memory a model needs, how many GPUs that takes, and how to split it over them.
+
+    Nothing is loaded. With MODEL you also get the KV cache of a token, the largest batch and context that fit, and
+    every tensor x pipeline parallel layout that divides the model evenly.
+    """
+    if (model is None) == (params is None):
+        raise typer.BadParameter("give either MODEL or --params")
+    if model is None:
+        assert params is not None
+        memory, details = MemoryPlan(num_params=params, dtype=dtype, gpu_bytes=gpu_memory), None
+    else:
+        from rayllm.cli.model_config import read_spec
+
+        details = plan_model(
+            read_spec(model),
+            dtype=dtype,
+            gpu_bytes=gpu_memory,
+            fraction=gpu_memory_fraction,
+            context=context,
+            max_gpus=max_gpus,
+        )
+        memory = details.memory
+    if as_json:
+        print_json(memory.as_json() | (details.as_json() if details is not None else {}))
+        return
+    _print_memory(memory, details)
+    if details is not None:
+        _print_layouts(details)
+
+
+def _print_memory(memory: MemoryPlan, details: ModelPlan | None) -> None:
+    from rich.table import Table
+
+    table = Table("what", "arithmetic", "result", title="Memory")
+    gpu = format_bytes(memory.gpu_bytes)
+    table.add_row(
+        "weights",
+        f"{memory.num_params:,} parameters x {memory.bytes_per_param} bytes ({memory.dtype})",
+        format_bytes(memory.weights_bytes),
+    )
+    table.add_row("GPUs for the weights", f"{format_bytes(memory.weights_bytes)} / {gpu}, rounded up", f"{memory.gpus}")
+    if details is not None:
+        spec, best = details.spec, details.best
+        table.add_row(
+            "KV cache of a token",
+            f"2 (K, V) x {spec.num_layers} layers x {spec.num_kv_heads} KV heads x {spec.head_dim} x"
+            f" {memory.bytes_per_param} bytes",
+            f"{details.kv_bytes_per_token:,} bytes",
+        )
+        table.add_row(
+            f"KV cache of {details.context:,} tokens",
+            f"{details.context:,} x {details.kv_bytes_per_token:,} bytes",
+            format_bytes(details.context * details.kv_bytes_per_token),
+        )
+        if best is not None:
+            table.add_row(
+                f"room for KV (TP {best.tp} x PP {best.pp})",
+                f"each GPU: {gpu} x {details.fraction:g} - {format_bytes(best.weights_bytes)} weights",
+                format_bytes(best.kv_room_bytes),
+            )
+            table.add_row(
+                "tokens that fit",
+                f"{format_bytes(best.kv_room_bytes)} / {best.kv_bytes_per_token:,} bytes",
+                f"{best.max_tokens:,}",
+            )
+            table.add_row(
+                f"largest batch at {details.context:,}",
+                f"{best.max_tokens:,} / {details.context:,}, rounded down",
+                f"{best.max_batch(details.context):,}",
+            )
+    table.add_row(
+        "training state",
+        f"{memory.num_params:,} x {ADAMW_BYTES_PER_PARAM} bytes"
+        " (16-bit weights 2 + gradients 2, float32 master 4 + two AdamW moments 8)",
+        f"{format_bytes(memory.training_bytes)} = {memory.training_gpus} GPUs",
+    )
+    if details is not None:
+        stored = format_bytes(details.activation_bytes(recompute=False))
+        recomputed = format_bytes(details.activation_bytes(recompute=True))
+        table.add_row(
+            "training activations",
+            f"34 bytes x {details.context:,} tokens x {details.spec.hidden_size} x {details.spec.num_layers} layers"
+            " (2 bytes with recomputation)",
+            f"{stored} ({recomputed})",
+        )
+    print_table(table)
+
+
+def _print_layouts(details: ModelPlan) -> None:
+    from rich.table import Table
+
+    table = Table(
+        "TP",
+        "PP",
+        "GPUs",
+        "weights per GPU",
+        "KV of a token per GPU",
+        "tokens that fit",
+        f"batch at {details.context:,}",
+    )
+    table.title = "Layouts that divide evenly"
+    for layout in details.layouts:
+        copies = f" ({layout.kv_copies} copies)" if layout.kv_copies > 1 else ""
+        table.add_row(
+            str(layout.tp),
+            str(layout.pp),
+            str(layout.gpus),
+            format_bytes(layout.weights_bytes),
+            f"{layout.kv_bytes_per_token:,} bytes{copies}",
+            f"{layout.max_tokens:,}" if layout.kv_room_bytes > 0 else "weights do not fit",
+            f"{layout.max_batch(details.context):,}",
+        )
+    print_table(table)

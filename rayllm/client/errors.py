@@ -1,0 +1,55 @@
+"""The status of a failed call as one of `rayllm.core.errors`.
+
+The server says what happened in the trailing metadata `error-code`, `error-field` and `retry-after-ms`. Where something
+on the way answered instead (a proxy, the channel itself), the status code decides.
+"""
+
+from collections.abc import Mapping
+
+import grpc
+
+from rayllm.core.errors import (
+    CapacityError,
+    DeadlineExceededError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RayLLMError,
+    RequestAbortedError,
+)
+
+DEFAULT_RETRY_AFTER_S = 1.0
+
+_CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: "invalid_request",
+    grpc.StatusCode.NOT_FOUND: "model_not_found",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "over_capacity",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "deadline_exceeded",
+    grpc.StatusCode.CANCELLED: "aborted",
+    grpc.StatusCode.UNAVAILABLE: "unavailable",
+}
+
+
+def error_from_status(status: grpc.StatusCode, details: str, trailing: Mapping[str, str | bytes]) -> RayLLMError:
+    code = str(trailing.get("error-code") or _CODES.get(status, "internal"))
+    retry_after_s = _retry_after_s(trailing.get("retry-after-ms"))
+    match code:
+        case "invalid_request":
+            field = str(trailing.get("error-field") or "request")
+            return InvalidRequestError(field, details.removeprefix(f"{field}: "))
+        case "model_not_found":
+            return ModelNotFoundError(details)
+        case "over_capacity":
+            return CapacityError(details, retry_after_s=retry_after_s)
+        case "deadline_exceeded":
+            return DeadlineExceededError(details)
+        case "aborted":
+            return RequestAbortedError(details)
+        case "unavailable":
+            return EngineUnavailableError(details, retry_after_s=retry_after_s)
+        case _:
+            return RayLLMError(f"{status.name}: {details}")
+
+
+def _retry_after_s(value: str | bytes | None) -> float:
+    return int(value) / 1000 if value is not None and value.isdigit() else DEFAULT_RETRY_AFTER_S

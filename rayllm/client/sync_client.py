@@ -1,0 +1,127 @@
+"""`Client`: the gRPC API for code that waits."""
+
+from collections.abc import Callable, Generator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from rayllm.client import codec
+from rayllm.client.channel import CHANNEL_OPTIONS, host_and_port
+from rayllm.client.errors import error_from_status
+from rayllm.client.types import Chunk, Generation, Load, ModelInfo, Prompt
+from rayllm.core.errors import EngineUnavailableError, RayLLMError
+from rayllm.core.types import SamplingParams
+from rayllm.proto.v1 import inference_pb2 as pb
+from rayllm.proto.v1 import inference_pb2_grpc as pb_grpc
+
+
+class Client:
+    """Thread-safe. `timeout_s` bounds every call that is not given its own; None: calls may wait for ever.
+
+    Every method raises the errors of `rayllm.core.errors`: InvalidRequestError, ModelNotFoundError, CapacityError,
+    DeadlineExceededError, RequestAbortedError, EngineUnavailableError, or RayLLMError for what is none of these.
+    """
+
+    def __init__(self, target: str = "localhost:9000", *, timeout_s: float | None = None) -> None:
+        self._channel = grpc.insecure_channel(host_and_port(target), options=CHANNEL_OPTIONS)
+        self._stub: Any = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        self._timeout_s = timeout_s
+        self._served_model: str | None = None
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        model: str | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """The whole answer to a text, to token ids or to a conversation. `model` None: the one that is served."""
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        request = codec.generate_request(
+            prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
+        )
+        return codec.generation(_call(self._stub.Generate, request, limit), params)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        model: str | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Generator[Chunk]:
+        """The answer's pieces as they come. Closing the iterator ends the request on the server."""
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        request = codec.generate_request(
+            prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
+        )
+        call = self._stub.GenerateStream(request, timeout=limit)
+        try:
+            for message in call:
+                yield codec.chunk(message)
+        except grpc.RpcError as error:
+            raise _typed(error) from None
+        finally:
+            call.cancel()
+
+    def abort(self, request_id: str) -> bool:
+        """False: no such request is live."""
+        response: pb.AbortResponse = _call(self._stub.Abort, pb.AbortRequest(request_id=request_id), self._timeout_s)
+        return response.aborted
+
+    def tokenize(self, prompt: Prompt, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text, or of a conversation by the model's chat template."""
+        request = codec.tokenize_request(prompt, model=model or self._model(), add_special_tokens=add_special_tokens)
+        response: pb.TokenizeResponse = _call(self._stub.Tokenize, request, self._timeout_s)
+        return list(response.token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        request = codec.detokenize_request(token_ids, model=model or self._model())
+        response: pb.DetokenizeResponse = _call(self._stub.Detokenize, request, self._timeout_s)
+        return response.text
+
+    def model_info(self) -> ModelInfo:
+        return codec.model_info(_call(self._stub.ModelInfo, pb.ModelInfoRequest(), self._timeout_s))
+
+    def load(self) -> Load:
+        return codec.load(_call(self._stub.Load, pb.LoadRequest(), self._timeout_s))
+
+    def check_health(self) -> None:
+        """Raises EngineUnavailableError unless the server says that it serves."""
+        response = _call(self._health.Check, health_pb2.HealthCheckRequest(), self._timeout_s)
+        if response.status != health_pb2.HealthCheckResponse.SERVING:
+            raise EngineUnavailableError("the server is up but does not serve now")
+
+    def _model(self) -> str:
+        if self._served_model is None:
+            self._served_model = self.model_info().model
+        return self._served_model
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _call(method: Callable[..., Any], request: object, timeout_s: float | None) -> Any:
+    try:
+        return method(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise _typed(error) from None
+
+
+def _typed(error: Any) -> RayLLMError:
+    # An RpcError is also the Call that failed.
+    return error_from_status(error.code(), error.details() or "", dict(error.trailing_metadata() or ()))

@@ -1,0 +1,325 @@
+"""The command line as its users meet it: options, help, output, exit status."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer.main
+
+from rayllm.cli import console
+from rayllm.cli.config_file import merge, read_config, serve_config
+from rayllm.cli.main import app, main
+from rayllm.cli.options import EngineOptions
+from rayllm.core.config import SchedulerConfig
+from rayllm.core.errors import ConfigError
+from rayllm.core.tokenizer import Tokenizer
+
+ENGINE = (
+    "--tp --pp --dtype --max-model-len --kv-cache-memory --gpu-memory-fraction --max-num-seqs --max-num-batched-tokens"
+)
+SAMPLING = "--max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop"
+GENERATE = (
+    "--n --min-tokens --frequency-penalty --presence-penalty --logit-bias --stop-token-id --ignore-eos --logprobs"
+    " --prompt-logprobs"
+)
+WORKLOAD = "--requests --input-len --output-len"
+
+# An option is a promise to keep: adding one means adding it here, with a reason in the commit.
+FROZEN = {
+    "": "--version --verbose -v",
+    "serve": f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --json",
+    "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
+    "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
+    "models": "",
+    "models list": "--json",
+    "models fetch": "name --json",
+    "models show": "model --json",
+    "bench": "",
+    "bench offline": f"model {ENGINE} {WORKLOAD} --repeats --against-transformers --json",
+    "bench serve": f"{ENGINE} {WORKLOAD} --url --in-process --concurrency --json",
+    "plan": "model --params --dtype --gpu-memory --gpu-memory-fraction --context --max-gpus --json",
+}
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def rayllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs a command line in this process."""
+
+    def run(*arguments: object, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "argv", ["rayllm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        output = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), output.out, output.err)
+
+    return run
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+        yield name, command
+        for child, sub in getattr(command, "commands", {}).items():
+            yield from walk(f"{name} {child}".strip(), sub)
+
+    yield from walk("", typer.main.get_command(app))
+
+
+def option_names(command: Any) -> set[str]:
+    with command.make_context(command.name, [], resilient_parsing=True) as context:
+        names = {
+            name for parameter in command.get_params(context) for name in parameter.opts + parameter.secondary_opts
+        }
+    return names - {"--help", "-h"}
+
+
+def test_no_option_comes_or_goes_unnoticed():
+    assert {name: option_names(command) for name, command in commands()} == {
+        name: set(options.split()) for name, options in FROZEN.items()
+    }
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_help_explains_and_gives_an_example(rayllm, name):
+    result = rayllm(*name.split(), "--help")
+    assert result.status == 0
+    assert result.err == ""
+    example = "Start here" if name == "" else "Example"
+    assert f"{example}: rayllm {name}".strip() in " ".join(result.out.split())
+    command = dict(commands())[name]
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{name} {parameter.name} is not explained"
+
+
+def test_nothing_heavy_is_imported_before_a_command_runs():
+    heavy = ["torch", "transformers", "ray", "grpc", "fastapi", "pydantic", "httpx", "numpy", "numba"]
+    code = f"import sys, rayllm.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_plan_needs_no_torch(tiny_model: Path):
+    code = (
+        "import sys; from rayllm.cli.main import app\n"
+        "try: app()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, "plan", str(tiny_model), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["layouts"][0]["tp"] == 1
+
+
+def test_plan_json(rayllm):
+    result = rayllm("plan", "--params", "175e9", "--dtype", "bfloat16", "--gpu-memory", "80GB", "--json")
+    assert result.status == 0
+    assert result.err == ""
+    figures = json.loads(result.out)
+    assert figures["weights_gb"] == 350.0
+    assert figures["gpus"] == 5
+    assert figures["training"] == {"bytes_per_param": 16, "state_gb": 2800.0, "gpus": 35}
+
+
+def test_plan_table_shows_the_arithmetic(rayllm, tiny_model: Path):
+    result = rayllm("plan", tiny_model, "--dtype", "float32", "--gpu-memory", "1GB")
+    assert result.status == 0
+    assert "2 (K, V) x 3 layers x 3 KV heads x 8 x 4 bytes" in result.out
+    assert "576 bytes" in result.out
+    assert "Layouts that divide evenly" in result.out
+
+
+def test_models(rayllm, tiny_model: Path):
+    listed = json.loads(rayllm("models", "list", "--json").out)["models"]
+    assert [model["name"] for model in listed] == ["smollm2-135m"]
+    shown = json.loads(rayllm("models", "show", tiny_model, "--json").out)
+    assert (shown["family"], shown["layers"], shown["kv_bytes_per_token"]["float32"]) == ("llama", 3, 576)
+    assert "llama" in rayllm("models", "show", tiny_model).out
+    fetched = json.loads(rayllm("models", "fetch", tiny_model, "--json").out)
+    assert fetched == {"name": str(tiny_model), "directory": str(tiny_model)}
+
+
+def test_generate_json_of_one_answer(rayllm, tiny_model: Path):
+    arguments = ["generate", tiny_model, "--temperature", "0", "--max-tokens", "4", "--ignore-eos", "--json"]
+    result = rayllm(*arguments, stdin="the end\n")
+    assert result.status == 0
+    answer = json.loads(result.out)  # one object and nothing else
+    assert answer["prompt"] == "the end"
+    assert len(answer["token_ids"]) == 4
+    assert answer["finish_reason"] == "length"
+    assert isinstance(answer["text"], str)
+    assert answer["outputs"] == [{name: answer[name] for name in answer["outputs"][0]}]
+    assert json.loads(rayllm(*arguments, "--prompt", "the end").out) == answer
+
+
+def test_generate_json_of_many_answers(rayllm, tiny_model: Path):
+    result = rayllm(
+        *("generate", tiny_model, "-p", "a", "-p", "the", "--n", 2, "--seed", 3, "--max-tokens", 3, "--ignore-eos"),
+        *("--logprobs", 1, "--prompt-logprobs", 0, "--logit-bias", "65=100", "--json"),
+    )
+    answers = json.loads(result.out)
+    assert "text" not in answers
+    assert [(answer["prompt"], answer["index"]) for answer in answers["outputs"]] == [
+        ("a", 0),
+        ("a", 1),
+        ("the", 0),
+        ("the", 1),
+    ]
+    for answer in answers["outputs"]:
+        assert answer["token_ids"] == [65, 65, 65]
+        assert all(len(entry["top"]) == 1 for entry in answer["logprobs"])
+        assert answer["prompt_logprobs"][0] is None
+
+
+def test_generate_prints_text_and_applies_the_chat_template(rayllm, tiny_model: Path):
+    arguments = ["generate", tiny_model, "--chat", "-p", "the", "--max-tokens", 2, "--temperature", 0, "--json"]
+    ids = json.loads(rayllm(*arguments).out)["prompt_token_ids"]
+    plain = json.loads(rayllm("generate", tiny_model, "-p", "the", "--max-tokens", 1, "--json").out)
+    assert len(ids) > len(plain["prompt_token_ids"])
+    letter = Tokenizer.load(tiny_model).decode([65])
+    result = rayllm("generate", tiny_model, "-p", "a", "-p", "the", "--max-tokens", 2, "--logit-bias", "65=100")
+    assert result.out == 2 * f"{2 * letter}\n"
+    assert result.err == "--- 'a' #0\n--- 'the' #0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["generate", "{model}", "-p", "hi", "--top-p", "3"], "top_p: 3.0 is not in (0, 1]"),
+        (["generate", "{model}", "-p", "hi", "--logit-bias", "x"], "logit_bias: 'x' is not ID=BIAS, such as 42=-5"),
+        (["generate", "{model}", "-p", "hi", "--dtype", "int4"], "dtype: 'int4' is not one of"),
+        (["generate", "{model}", "-p", "hi", "--tp", "5"], "tensor parallel size 5 does not divide"),
+        (["generate", "/no/such/model", "-p", "hi"], "/no/such/model: no such file or directory"),
+        (["models", "show", "/no/such/model"], "/no/such/model/config.json: No such file or directory"),
+        (["chat", "--url", "ftp://localhost"], "--url: 'ftp://localhost' begins with none of"),
+        (["chat", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1: "),
+        (["bench", "serve", "--url", "grpc://127.0.0.1:1", "--requests", "1"], "every request failed: "),
+        (["serve", "--config", "/no/such/file"], "/no/such/file: No such file or directory"),
+        (["serve"], "no model: name one"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr(rayllm, tiny_model: Path, arguments, problem):
+    result = rayllm(*(str(tiny_model) if argument == "{model}" else argument for argument in arguments))
+    assert result.status == 1
+    assert result.out == ""
+    assert result.err.startswith(f"error: {problem}")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "x", "--bogus"],
+        ["plan"],
+        ["plan", "dir", "--params", "7B"],
+        ["plan", "--params", "many"],
+        ["plan", "--params", "7B", "--gpu-memory", "80 GiraffeBytes"],
+        ["chat"],
+        ["bench", "serve"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_is_status_2(rayllm, arguments):
+    result = rayllm(*arguments)
+    assert result.status == 2
+    assert result.out == ""
+    assert "Traceback" not in result.err
+
+
+def test_version(rayllm):
+    assert rayllm("--version").out.startswith("rayllm ")
+
+
+def test_interrupt_is_status_130(tiny_model: Path):
+    """Ctrl-C while a command waits for its input."""
+    waits = (
+        "import os, signal; from rayllm.cli.main import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
+        "signal.setitimer(signal.ITIMER_REAL, 1.0)\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", waits, "generate", str(tiny_model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(60) == 130
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.read() == b""
+            assert b"Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
+
+
+def write_config(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_configuration_file(tmp_path: Path):
+    file = write_config(
+        tmp_path / "server.toml",
+        """
+        [model]
+        model = "from-the-file"
+        dtype = "float32"
+        [parallel]
+        tensor = 3
+        [scheduler]
+        max_num_seqs = 7
+        [cache]
+        gpu_memory_fraction = 1
+        [serve]
+        http_port = 8080
+        drain_timeout_s = 2
+        """,
+    )
+    served = serve_config(merge(read_config(file), EngineOptions().sections(None)))
+    assert (served.http_port, served.grpc_port, served.drain_timeout_s) == (8080, 9000, 2.0)
+    config = served.engine
+    assert (config.model.model, config.model.dtype, config.parallel.tensor) == ("from-the-file", "float32", 3)
+    assert config.scheduler.max_num_seqs == 7
+    assert config.scheduler.max_num_batched_tokens == SchedulerConfig().max_num_batched_tokens
+    assert config.cache.gpu_memory_fraction == 1.0
+    options = EngineOptions(tp=1, dtype="bfloat16", kv_cache_memory=1 << 20)
+    wins = serve_config(merge(read_config(file), options.sections("given"))).engine
+    assert (wins.model.model, wins.model.dtype, wins.parallel.tensor) == ("given", "bfloat16", 1)
+    assert wins.cache.cpu_memory_bytes == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[models]\n", r"models: there is no such setting; the nearest is model$"),
+        ("[model]\nmax_len = 3\n", r"model\.max_len: .* the nearest is model\.max_model_len$"),
+        ("[scheduler]\nmax_num_seqs = 'many'\n", r"^scheduler\.max_num_seqs: expected `int`, got `str`$"),
+        ("[parallel]\ntensor = true\n", r"^parallel\.tensor: expected `int`, got `bool`$"),
+        ("[parallel]\ntensor = 0\n", "tensor parallel size: 0 is less than 1"),
+        ("[serve]\nhttp_port = 'x'\n", r"^serve\.http_port: expected `int`"),
+        ("[serve]\nengine = 3\n", r"serve\.engine: there is no such setting"),
+        ("model = 'x'\n", "model: must be a table"),
+        ("[model\n", "not a TOML file"),
+    ],
+)
+def test_a_bad_configuration_is_named(tmp_path: Path, text, problem):
+    with pytest.raises(ConfigError, match=problem):
+        serve_config(merge(read_config(write_config(tmp_path / "bad.toml", text)), EngineOptions().sections("x")))
+
+
+def test_what_libraries_print_does_not_reach_stdout(capsys):
+    with console.stdout_kept_clean():
+        print("loading")
+    console.print_json({"text": "안녕"})
+    output = capsys.readouterr()
+    assert output.out == '{"text": "안녕"}\n'
+    assert output.err == "loading\n"
