@@ -1,0 +1,118 @@
+"""The processes of one epoch of a group: started, watched and killed through Ray, and on this node by their ids too."""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rayllm_cluster.errors import RemoteError, ShardLostError
+from rayllm_cluster.hub import DIED
+from rayllm_cluster.placement import Placement
+from rayllm_cluster.shard import Shard, ShardSpec
+
+logger = logging.getLogger(__name__)
+
+# A stopped process does not hear Ray, which waits five seconds before it kills by force.
+_HEED_S = 0.5
+_GONE_S = 5.0
+_ROOT_CAUSE_S = 0.2
+_STACKS_S = 0.2
+
+
+class Members:
+    """One actor for each spec, in the bundle of its rank; each enters `Shard.run` at once. Thread-safe."""
+
+    def __init__(self, specs: Sequence[ShardSpec], placement: Placement) -> None:
+        self._lock = threading.Lock()
+        self._processes: list[int] = []  # pidfds, of those on this node
+        self._actors: list[Any] = []
+        self._killed = False
+        for spec, slot in zip(specs, placement.slots, strict=True):
+            strategy = PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=slot.bundle_index)
+            actor = ray.remote(Shard).options(
+                num_cpus=placement.shard.get("CPU", 0),
+                num_gpus=placement.shard.get("GPU", 0),
+                scheduling_strategy=strategy,
+                max_restarts=0,
+            )
+            self._actors.append(actor.remote(spec))
+        self._runs = [actor.run.remote() for actor in self._actors]
+
+    def watch_process(self, pid: int) -> None:
+        """Of a member on this node, while it is known to live. In another container it may have no id here."""
+        with self._lock, contextlib.suppress(OSError):
+            if not self._killed:
+                self._processes.append(os.pidfd_open(pid))
+
+    def lost(self, timeout_s: float) -> ShardLostError | None:
+        """The member that has ended, waiting for one if there is none."""
+        if not ray.wait(self._runs, num_returns=1, timeout=timeout_s)[0]:
+            return None
+        # As in the hub: behind a shard that failed there may be one that died.
+        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=_ROOT_CAUSE_S)
+        losses = [self._loss(self._runs.index(run)) for run in ended]
+        return next((loss for loss in losses if not loss.error), losses[0])
+
+    def wait_ended(self, timeout_s: float) -> None:
+        """Until all have left their loops."""
+        ray.wait(self._runs, num_returns=len(self._runs), timeout=timeout_s)
+
+    def dump_stacks(self) -> None:
+        """Each process on this node writes where it is to its log."""
+        self._signal(signal.SIGUSR1)
+        time.sleep(_STACKS_S)
+
+    def kill(self) -> None:
+        """Idempotent; when it returns, no process is left on this node."""
+        with self._lock:
+            if self._killed:
+                return
+            self._killed = True
+            if ray.is_initialized():
+                for actor in self._actors:
+                    ray.kill(actor, no_restart=True)
+            if not self._all_gone(_HEED_S):
+                self._signal(signal.SIGKILL)
+                if not self._all_gone(_GONE_S):
+                    logger.error("A shard's process did not end within %g s of being killed", _GONE_S)
+            for process in self._processes:
+                os.close(process)
+            self._processes.clear()
+
+    def _loss(self, rank: int) -> ShardLostError:
+        try:
+            failure = ray.get(self._runs[rank])
+        except ray.exceptions.OutOfMemoryError:
+            return ShardLostError(rank, "killed by Ray because its node was running out of memory")
+        except ray.exceptions.RayError as error:
+            logger.error("Ray on shard %d: %s", rank, error)
+            return ShardLostError(rank, DIED)
+        if failure is None:
+            return ShardLostError(rank, "its connection to the driver broke")
+        raised = RemoteError.decode(failure)
+        return ShardLostError(rank, str(raised), error=raised)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, number)
+
+    def _all_gone(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        for process in self._processes:
+            poll.register(process, select.POLLIN)
+        left = len(self._processes)
+        while left and (remaining := deadline - time.monotonic()) > 0:
+            for process, _ in poll.poll(remaining * 1000):
+                poll.unregister(process)
+                left -= 1
+        return left == 0

@@ -1,0 +1,74 @@
+"""The connection to Ray: joined where there is one, started where there is none. What was started here ends here."""
+
+import logging
+import os
+from types import TracebackType
+from typing import Self
+
+from rayllm_cluster.errors import SessionError
+
+# Frames go over sockets and weights are read from disk, so the object store is all but unused.
+_OBJECT_STORE_BYTES = 128 << 20
+
+
+class Session:
+    """A context manager; `stop` is idempotent and returns when every process that was started is gone."""
+
+    def __init__(self, *, owned: bool) -> None:
+        self._owned = owned
+
+    @classmethod
+    def start(cls, *, address: str | None = None, num_cpus: int | None = None) -> Self:
+        """Join the Ray that this process is connected to, or the cluster at `address` (else at RAY_ADDRESS); if none
+        of these is given, start Ray on this machine, with `num_cpus` logical CPUs if that is more than it has.
+
+        A Ray started here asks every client for a token, as Ray does by default, unless RAY_AUTH_MODE says otherwise.
+        """
+        address = address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            # Ray reads it when it is first imported; said here, Ray need not choose, and warn of its choice.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        import ray
+
+        if ray.is_initialized():
+            return cls(owned=False)
+        try:
+            if address is not None:
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                _start_local(num_cpus)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            ray.shutdown()
+            where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
+            raise SessionError(f"{where}: {str(error).splitlines()[0]}") from error
+        return cls(owned=True)
+
+    def stop(self) -> None:
+        if self._owned:
+            import ray
+
+            self._owned = False
+            ray.shutdown(wait_for_processes=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _start_local(num_cpus: int | None) -> None:
+    import ray
+
+    # As Ray does when it has chosen itself: it may have been imported before RAY_AUTH_MODE was set.
+    ray._raylet.Config.initialize("")
+    ray.init(
+        "local",
+        num_cpus=max(num_cpus or 1, len(os.sched_getaffinity(0))),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )

@@ -1,0 +1,136 @@
+"""The executor over a group of shards. It knows the commands and what a lost shard means to a user; frames and actors
+are `rayllm_cluster`'s."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+
+import msgspec
+import ray
+import torch
+
+from rayllm.core.config import EngineConfig, ParallelConfig
+from rayllm.core.errors import CheckpointError, ConfigError, EngineUnavailableError, RayLLMError
+from rayllm.engine.build import Prepared, ShardConfig
+from rayllm.engine.commands import Command, Execute, InitCache, Ready
+from rayllm.scheduler.batch import Batch, StepResult
+from rayllm_cluster.errors import ClusterError, PlacementError, RemoteError, ShardLostError
+from rayllm_cluster.placement import PlacementPlan, plan_placement
+from rayllm_cluster.session import Session
+from rayllm_cluster.shard_group import GroupOptions, ShardGroup
+
+STEP_TIMEOUT_S = 120.0
+
+_SHARD_FACTORY = "rayllm.engine.shard:create_handler"
+
+
+class RayExecutor:
+    """Every call may raise EngineUnavailableError, after which only `close` is of use."""
+
+    def __init__(
+        self, group: ShardGroup, parallel: ParallelConfig, *, session: Session, step_timeout_s: float = STEP_TIMEOUT_S
+    ) -> None:
+        """Takes over the group, whose ranks have their caches, and the session."""
+        self.in_flight = parallel.pipeline
+        self._group = group
+        self._session = session
+        self._sampling_rank = (parallel.pipeline - 1) * parallel.tensor
+        self._step_timeout_s = step_timeout_s
+
+    def submit(self, batch: Batch) -> None:
+        try:
+            self._group.broadcast(_encode(Execute(batch)), timeout_s=self._step_timeout_s)
+        except ClusterError as error:
+            raise _unavailable(error) from error
+
+    def collect(self) -> StepResult:
+        try:
+            payload = self._group.recv(self._sampling_rank, timeout_s=self._step_timeout_s)
+        except ClusterError as error:
+            raise _unavailable(error) from error
+        return msgspec.msgpack.decode(payload, type=StepResult)
+
+    def close(self) -> None:
+        self._group.close()
+        self._session.stop()
+
+
+def start_ray(prepared: Prepared) -> tuple[RayExecutor, int]:
+    """One Ray actor for each rank; returns the executor and how many KV blocks each rank holds.
+
+    Inside a Serve replica that was deployed with `replica_placement`, the ranks take the replica's bundles. Elsewhere
+    Ray is joined, or started and then ended with the executor. A shard's ConfigError or CheckpointError is raised here.
+    """
+    config = prepared.config
+    with ExitStack() as stack:
+        try:
+            session = stack.enter_context(Session.start(num_cpus=config.parallel.world_size))
+            device = resolve_cluster_device(config)
+            shard = msgspec.structs.replace(
+                prepared.shard, engine=replace(config, model=replace(config.model, device=device))
+            )
+            options = GroupOptions(backend="nccl" if device == "cuda" else "gloo", threads=_threads_per_shard(config))
+            group = stack.enter_context(ShardGroup(_SHARD_FACTORY, _encode(shard), replica_placement(shard.engine), options))
+            num_blocks = init_caches(group, timeout_s=STEP_TIMEOUT_S)
+        except ClusterError as error:
+            raise _start_error(error) from error
+        stack.pop_all()
+    return RayExecutor(group, config.parallel, session=session), num_blocks
+
+
+def init_caches(group: ShardGroup, *, timeout_s: float) -> int:
+    """Every rank gets as many KV blocks as fit on the one with the least room; returns how many."""
+    num_blocks = min(msgspec.msgpack.decode(ready, type=Ready).num_blocks for ready in group.ready)
+    group.broadcast(_encode(InitCache(num_blocks)), timeout_s=timeout_s)
+    for rank in range(len(group.ready)):
+        group.recv(rank, timeout_s=timeout_s)
+    return num_blocks
+
+
+def replica_placement(config: EngineConfig) -> PlacementPlan:
+    """The bundles and the strategy of one replica's placement group. Ray must be connected."""
+    shard = {"CPU": 1.0} if resolve_cluster_device(config) == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+    return plan_placement(config.parallel.tensor, config.parallel.pipeline, shard=shard)
+
+
+def resolve_cluster_device(config: EngineConfig) -> str:
+    """The device of the shards, which need not be on this node: with "auto" GPUs, if the cluster has enough of them."""
+    if config.model.device != "auto":
+        return torch.device(config.model.device).type  # each shard sees one GPU only
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= config.parallel.world_size else "cpu"
+
+
+def _threads_per_shard(config: EngineConfig) -> int:
+    """A share of this node's cores, counted as Ray does where that is fewer: it knows the limit of a container."""
+    cores = len(os.sched_getaffinity(0))
+    node_id = ray.get_runtime_context().get_node_id()
+    logical = next(node["Resources"].get("CPU", cores) for node in ray.nodes() if node["NodeID"] == node_id)
+    return max(1, min(cores, int(logical)) // config.parallel.world_size)
+
+
+def _encode(message: Command | ShardConfig) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def _unavailable(error: ClusterError) -> EngineUnavailableError:
+    """For clients: what a handler said stays in the log, since it may name paths."""
+    if isinstance(error, ShardLostError) and error.error is not None:
+        return EngineUnavailableError(f"shard {error.rank} failed with {error.error.type}")
+    return EngineUnavailableError(str(error))
+
+
+def _start_error(error: ClusterError) -> RayLLMError:
+    if isinstance(error, PlacementError):
+        return ConfigError(str(error))
+    if isinstance(error, ShardLostError) and error.error is not None:
+        return _rebuild(error.error) or EngineUnavailableError(str(error))
+    return EngineUnavailableError(str(error))
+
+
+def _rebuild(error: RemoteError) -> RayLLMError | None:
+    if error.type == ConfigError.__name__:
+        return ConfigError(error.message)
+    if error.type == CheckpointError.__name__:
+        path, _, problem = error.message.partition(": ")
+        return CheckpointError(path, problem)
+    return None
