@@ -14,6 +14,7 @@ from rayllm.core.errors import (
     EngineUnavailableError,
     InvalidRequestError,
     ModelNotFoundError,
+    ModelOutputError,
     RayLLMError,
     RequestAbortedError,
 )
@@ -45,6 +46,8 @@ def error_from_status(status: grpc.StatusCode, details: str, trailing: Mapping[s
             return DeadlineExceededError(details)
         case "aborted":
             return RequestAbortedError(details)
+        case "invalid_model_output":
+            return ModelOutputError(details)
         case "unavailable":
             return EngineUnavailableError(details, retry_after_s=retry_after_s)
         case _:

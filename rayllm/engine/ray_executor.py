@@ -70,7 +70,9 @@ def start_ray(prepared: Prepared) -> tuple[RayExecutor, int]:
                 prepared.shard, engine=replace(config, model=replace(config.model, device=device))
             )
             options = GroupOptions(backend="nccl" if device == "cuda" else "gloo", threads=_threads_per_shard(config))
-            group = stack.enter_context(ShardGroup(_SHARD_FACTORY, _encode(shard), replica_placement(shard.engine), options))
+            group = stack.enter_context(
+                ShardGroup(_SHARD_FACTORY, _encode(shard), replica_placement(shard.engine), options)
+            )
             num_blocks = init_caches(group, timeout_s=STEP_TIMEOUT_S)
         except ClusterError as error:
             raise _start_error(error) from error

@@ -4,6 +4,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, gRPCOptions
 
 from rayllm.core.errors import ConfigError
+from rayllm.engine.ray_executor import replica_placement
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.deployment import InferenceReplica
 
@@ -15,12 +16,16 @@ _BESIDE_THE_ENGINE = 256
 
 
 def build_app(config: ServeConfig) -> serve.Application:
+    """Ray must be connected: where the shards go depends on what the cluster has."""
     scheduler = config.engine.scheduler
+    placement = replica_placement(config.engine)
     deployment = serve.deployment(
         serve.ingress()(InferenceReplica),
         name="inference",
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 1},
+        placement_group_bundles=list(placement.bundles),
+        placement_group_strategy=placement.strategy,
         max_ongoing_requests=scheduler.max_num_seqs + scheduler.max_waiting_requests + _BESIDE_THE_ENGINE,
         max_queued_requests=_BESIDE_THE_ENGINE,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from rayllm.engine.async_engine import AsyncEngine
-from rayllm.engine.build import build_engine, prepare, start_local
+from rayllm.engine.build import build_engine, prepare
+from rayllm.engine.ray_executor import start_ray
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
 from rayllm.serve.openai_api import build_http_app
@@ -38,7 +39,7 @@ class InferenceReplica(InferenceServicer):
 def _start(config: ServeConfig) -> tuple[AsyncEngine, InferenceService]:
     prepared = prepare(config.engine)
     version = weight_version(prepared.checkpoint.directory)
-    engine = AsyncEngine(build_engine(prepared, start_local))
+    engine = AsyncEngine(build_engine(prepared, start_ray))
     service = InferenceService(
         engine, model=config.served_model, weight_version=version, max_request_s=config.max_request_s
     )

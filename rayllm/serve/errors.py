@@ -18,6 +18,7 @@ from rayllm.core.errors import (
     EngineUnavailableError,
     InvalidRequestError,
     ModelNotFoundError,
+    ModelOutputError,
     RayLLMError,
     RequestAbortedError,
 )
@@ -58,6 +59,7 @@ _TABLE: dict[type[RayLLMError], _Status] = {
     PayloadTooLargeError: _Status(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid_request_error"),
     CapacityError: _Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
     RequestAbortedError: _Status(499, grpc.StatusCode.CANCELLED, "aborted"),
+    ModelOutputError: _INTERNAL,
     EngineUnavailableError: _Status(503, grpc.StatusCode.UNAVAILABLE, "server_error"),
     DeadlineExceededError: _Status(504, grpc.StatusCode.DEADLINE_EXCEEDED, "timeout_error"),
 }
