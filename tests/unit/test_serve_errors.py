@@ -16,6 +16,7 @@ TABLE = [
     (PayloadTooLargeError("too much"), 413, "RESOURCE_EXHAUSTED", "payload_too_large"),
     (errors.CapacityError("full", retry_after_s=0.2), 429, "RESOURCE_EXHAUSTED", "over_capacity"),
     (errors.RequestAbortedError("gone"), 499, "CANCELLED", "aborted"),
+    (errors.ModelOutputError("no finite probabilities"), 500, "INTERNAL", "invalid_model_output"),
     (errors.EngineUnavailableError("lost", retry_after_s=2.5), 503, "UNAVAILABLE", "unavailable"),
     (errors.DeadlineExceededError("late"), 504, "DEADLINE_EXCEEDED", "deadline_exceeded"),
 ]
