@@ -1,4 +1,4 @@
-"""The replica: one engine behind both faces. Ray Serve's view of everything else in this package."""
+"""The replica: one engine behind both faces, and its shards in the replica's own placement group."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -26,6 +26,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from rayllm.core.errors import ConfigError, EngineUnavailableError
 from rayllm.engine.build import prepare
 from rayllm.serve.config import ServeConfig
+from rayllm_cluster.errors import SessionError
+from rayllm_cluster.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -96,29 +98,35 @@ def _ray(config: ServeConfig) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         check_direct_ingress()
-        world_size = config.engine.parallel.world_size
-        ray.init(
-            address="local",
-            # Logical CPUs, so that a small machine may hold every rank; one more for the replica itself.
-            num_cpus=max(os.cpu_count() or 1, config.num_replicas * (world_size + 1)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        try:
-            serve.start(http_options=http_options(config), grpc_options=grpc_options(config))
-        except ray.exceptions.RayError as error:
-            raise EngineUnavailableError(f"Ray Serve did not start: {_cause(str(error))}") from error
-        yield
+        # A logical CPU for each rank and one for what drives them, however few the machine has.
+        with _session(config.num_replicas * (config.engine.parallel.world_size + 1)):
+            try:
+                serve.start(http_options=http_options(config), grpc_options=grpc_options(config))
+            except ray.exceptions.RayError as error:
+                raise EngineUnavailableError(f"Ray Serve did not start: {_cause(str(error))}") from error
+            try:
+                yield
+            finally:
+                # Ray reports on stdout that the controller is gone, which is what it was asked for.
+                with redirect_stdout(io.StringIO()):
+                    serve.shutdown()
     finally:
-        if ray.is_initialized():
-            # Ray reports on stdout that the controller is gone, which is what it was asked for.
-            with redirect_stdout(io.StringIO()):
-                serve.shutdown()
-                ray.shutdown()
         for name in environment:
             del os.environ[name]
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _session(num_cpus: int) -> Session:
+    import ray
+
+    if ray.is_initialized() or "RAY_ADDRESS" in os.environ:
+        raise ConfigError(
+            "a local endpoint starts a Ray of its own, but RAY_ADDRESS is set or Ray is connected already"
+        )
+    try:
+        return Session.start(num_cpus=num_cpus)
+    except SessionError as error:
+        raise EngineUnavailableError(str(error)) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,13 @@ pytestmark = pytest.mark.ray
 
 SCRIPT = """
 import sys
-from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.local import serve_local
 
 engine = EngineConfig(
     model=ModelConfig(model=sys.argv[1]),
+    parallel=ParallelConfig(tensor=int(sys.argv[4])),
     cache=CacheConfig(num_blocks=200),
     scheduler=SchedulerConfig(max_num_seqs=4, max_waiting_requests=4),
 )
@@ -82,11 +83,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(model: Path) -> Endpoint:
+def start(model: Path, *, tensor: int = 1) -> Endpoint:
     http_port, grpc_port = free_ports(2)
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(model), str(http_port), str(grpc_port)],
+        [sys.executable, "-c", SCRIPT, str(model), *map(str, (http_port, grpc_port, tensor))],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -111,18 +112,25 @@ def processes(mark: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(tiny_model: Path) -> Iterator[Endpoint]:
-    endpoint = start(tiny_model)
+def model(make_tiny_model: Callable[..., Path]) -> Path:
+    """Three ranks divide it."""
+    return make_tiny_model(intermediate_size=96)
+
+
+@pytest.fixture(scope="module")
+def endpoint(model: Path) -> Iterator[Endpoint]:
+    """Three ranks, so that the tokens of every test went through shards of their own."""
+    endpoint = start(model, tensor=3)
     yield endpoint
     endpoint.channel.close()
     os.killpg(endpoint.process.pid, signal.SIGINT)
     assert endpoint.process.wait(timeout=60) == 0
 
 
-def test_both_faces_equal_the_offline_engine(endpoint, tiny_model):
+def test_both_faces_equal_the_offline_engine(endpoint, model):
     prompts = ["Once upon a time", "한국어 🙂", "x" * 200]
     for temperature, seed in ((0.0, 0), (0.9, 5)):
-        with LLM(str(tiny_model), cache=CacheConfig(num_blocks=200)) as llm:
+        with LLM(str(model), cache=CacheConfig(num_blocks=200)) as llm:
             params = SamplingParams(temperature=temperature, seed=seed, max_tokens=32)
             expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
         options = {"model": MODEL, "temperature": temperature, "seed": seed, "max_tokens": 32}
@@ -221,7 +229,7 @@ async def test_a_burst_is_refused_at_once(endpoint):
 
         async def ask() -> tuple[httpx.Response, float]:
             started = time.monotonic()
-            response = await http.post("/v1/completions", json=LONG)
+            response = await http.post("/v1/completions", json=LONG | {"max_tokens": 120})
             return response, time.monotonic() - started
 
         await http.get("/health")
@@ -292,12 +300,12 @@ def test_a_start_that_cannot_work_says_why_at_once(tiny_model, tmp_path):
 def test_a_replica_that_cannot_start_says_why_and_leaves_no_process(tiny_model):
     script = SCRIPT.replace("num_blocks=200", "num_blocks=10**11")
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-c", script, str(tiny_model), *map(str, free_ports(2))]
+    command = [sys.executable, "-c", script, str(tiny_model), *map(str, free_ports(2)), "1"]
     env = os.environ | {"SERVE_TEST_MARK": mark}
     result = subprocess.run(command, capture_output=True, text=True, timeout=90, env=env, check=False)
     assert result.returncode == 1
     last_line = result.stderr.strip().splitlines()[-1]
-    assert "the replica did not start: RuntimeError: " in last_line
+    assert "the replica did not start: shard 0: RuntimeError: " in last_line
     assert "can't allocate memory" in last_line
     assert result.stdout == ""
     assert processes(mark) == []
