@@ -3,7 +3,28 @@
 Knows nothing of requests, schedulers or processes; every function takes tensors and numbers.
 """
 
+from rayllm_kernels.linear import linear, linear_reference
+from rayllm_kernels.native import compile_kernels
 from rayllm_kernels.paged_attention import paged_attention, paged_attention_reference
+from rayllm_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from rayllm_kernels.rotary import apply_rotary, apply_rotary_reference
+from rayllm_kernels.silu_mul import silu_mul, silu_mul_reference
 from rayllm_kernels.store_kv import store_kv, store_kv_reference
 
-__all__ = ["paged_attention", "paged_attention_reference", "store_kv", "store_kv_reference"]
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_reference",
+    "apply_rotary",
+    "apply_rotary_reference",
+    "compile_kernels",
+    "linear",
+    "linear_reference",
+    "paged_attention",
+    "paged_attention_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "silu_mul",
+    "silu_mul_reference",
+    "store_kv",
+    "store_kv_reference",
+]

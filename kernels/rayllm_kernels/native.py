@@ -70,8 +70,22 @@ _parallel = _load_parallel()
 class Kernel:
     """A compiled kernel; compiled (or read from numba's cache) at the first call or by `compile`."""
 
-    def __init__(self, body: Callable[[int], None], *, integers: int, reals: int = 0) -> None:
+    def __init__(
+        self,
+        body: Callable[[int], None],
+        *,
+        integers: int,
+        reals: int = 0,
+        parallel_from: int = 2,
+        runs_here: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`parallel_from`: fewer tasks than this stay on the calling thread, being less work than starting others.
+
+        `runs_here`: false where the processor lacks the kernel's instructions; compiling would abort the process.
+        """
         self._body = body
+        self._parallel_from = parallel_from
+        self.runs_here = runs_here
         self._layout = struct.Struct(f"={_HEADER + integers}q{reals}d")
         self._block = ctypes.c_char * self._layout.size
         self._lock = threading.Lock()
@@ -98,7 +112,7 @@ class Kernel:
         if not self._address:
             self.compile()
         block = self._block.from_buffer_copy(self._layout.pack(0, tasks, *arguments))
-        threads = min(tasks, torch.get_num_threads())
+        threads = 1 if tasks < self._parallel_from else min(tasks, torch.get_num_threads())
         if threads > 1 and _parallel is not None:
             _parallel(self._address, block, threads, 0)
         elif self._direct is not None:
@@ -106,8 +120,9 @@ class Kernel:
 
 
 def compile_kernels() -> float:
-    """Compile every kernel that has been declared -> seconds."""
+    """Compile every kernel, or read it from numba's cache, so that no request waits for it -> seconds."""
     begin = time.perf_counter()
     for kernel in _REGISTRY:
-        kernel.compile()
+        if kernel.runs_here():
+            kernel.compile()
     return time.perf_counter() - begin

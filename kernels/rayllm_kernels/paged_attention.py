@@ -31,6 +31,7 @@ from rayllm_kernels.simd import (
     load_i64,
     max_lanes,
     mul,
+    prefetch,
     store,
     store_bf16,
     store_f32,
@@ -182,11 +183,19 @@ def _attend_pages(block: int) -> None:
         table = tables + 4 * load_i32(rows + 4 * b) * table_stride
         while first < end:
             keys = min(_TILE, end - first)
+            index, within = first // page, first % page
             for j in range(keys):
-                position = first + j
-                slot = load_i32(table + 4 * (position // page)) * page + position % page
-                offset = 4 * (slot * kv_heads + kv_head) * head_dim
+                offset = 4 * ((load_i32(table + 4 * index) * page + within) * kv_heads + kv_head) * head_dim
                 store_i64(addresses + 8 * j, offset)
+                within += 1
+                if within == page:
+                    index, within = index + 1, 0
+                for e in range(0, head_dim, LANES):
+                    prefetch(k_cache + offset + 4 * e)
+            for j in range(keys):
+                offset = load_i64(addresses + 8 * j)
+                for e in range(0, head_dim, LANES):
+                    prefetch(v_cache + offset + 4 * e)
                 for g in range(group):
                     score = _dot(queries + 4 * g * head_dim, k_cache + offset, head_dim)
                     store_f32(scores + 4 * (g * _TILE + j), score)

@@ -1,0 +1,33 @@
+"""Which product serves a linear layer on CPU: decided once per process, by the machine, and logged with the reason.
+
+The limits were measured with `kernels/bench/cpu_decode.py`; its table is in `kernels/README.md`.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+
+from rayllm_kernels.amx import amx_problem
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearLimits:
+    """The most rows of x for which each product is the fastest; above all of them torch's is."""
+
+    vector_float32: int
+    vector_bfloat16: int
+    tile_bfloat16: int  # 0: no tiles on this machine
+
+
+@functools.cache
+def linear_limits() -> LinearLimits:
+    problem = amx_problem()
+    if problem is None:
+        limits = LinearLimits(vector_float32=16, vector_bfloat16=2, tile_bfloat16=64)
+        logger.info("bfloat16 linear: vectors up to 2 rows, AMX tiles up to 64, torch above")
+    else:
+        limits = LinearLimits(vector_float32=16, vector_bfloat16=4, tile_bfloat16=0)
+        logger.info("bfloat16 linear: vectors up to 4 rows, torch above; no AMX tiles: %s", problem)
+    return limits

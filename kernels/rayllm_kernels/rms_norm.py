@@ -1,0 +1,130 @@
+"""Root mean square norm (Zhang and Sennrich 2019), alone or after adding to the residual stream.
+
+Numerically transformers' `LlamaRMSNorm`: statistics in float32, and below float32 the normalised value is rounded to
+x's dtype before the weight is applied.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayllm_kernels.native import Kernel, integer, next_task, real
+from rayllm_kernels.simd import (
+    LANES,
+    add,
+    broadcast,
+    fma,
+    load,
+    load_bf16,
+    mul,
+    round_bf16,
+    store,
+    store_bf16,
+    sum_lanes,
+)
+
+
+def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The contract of `rms_norm` in plain torch, on any device and under autograd."""
+    wide = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight_D * normed.to(x_TD.dtype)
+
+
+def add_rms_norm_reference(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The contract of `add_rms_norm` in plain torch, on any device and under autograd."""
+    summed = residual_TD + x_TD
+    return rms_norm_reference(summed, weight_D, eps), summed
+
+
+_ROWS_PER_TASK = 8
+
+
+def _norm_rows(block: int) -> None:
+    """Kernel: task = some rows. `residual` 0: none; else its sum with x goes to `summed` and is normalised."""
+    x, residual, weight, out, summed = (
+        integer(block, 0),
+        integer(block, 1),
+        integer(block, 2),
+        integer(block, 3),
+        integer(block, 4),
+    )
+    rows, size, is_bf16 = integer(block, 5), integer(block, 6), integer(block, 7)
+    eps = real(block, 8)
+    item = 2 if is_bf16 else 4
+    task = next_task(block)
+    while task >= 0:
+        for row in range(task * _ROWS_PER_TASK, min(rows, (task + 1) * _ROWS_PER_TASK)):
+            start = row * size * item
+            source = summed if residual != 0 else x
+            squares = broadcast(np.float32(0.0))
+            for i in range(start, start + size * item, LANES * item):
+                value = load_bf16(x + i) if is_bf16 else load(x + i)
+                if residual != 0:
+                    value = add(value, load_bf16(residual + i) if is_bf16 else load(residual + i))
+                    if is_bf16:
+                        value = round_bf16(value)
+                        store_bf16(summed + i, value)
+                    else:
+                        store(summed + i, value)
+                squares = fma(value, value, squares)
+            scale = broadcast(np.float32(1.0 / math.sqrt(sum_lanes(squares) / size + eps)))
+            for i in range(0, size * item, LANES * item):
+                if is_bf16:
+                    normed = round_bf16(mul(load_bf16(source + start + i), scale))
+                    store_bf16(out + start + i, mul(load_bf16(weight + i), normed))
+                else:
+                    normed = mul(load(source + start + i), scale)
+                    store(out + start + i, mul(load(weight + i), normed))
+        task = next_task(block)
+
+
+_norm_rows_kernel = Kernel(_norm_rows, integers=8, reals=1, parallel_from=2)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; any leading dimensions."""
+    if not _compiled(x_TD, weight_D):
+        return rms_norm_reference(x_TD, weight_D, eps)
+    return _run(x_TD, None, weight_D, eps)[0]
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> (rms_norm(residual + x), residual + x), in one pass."""
+    if not (_compiled(x_TD, weight_D) and residual_TD.dtype == x_TD.dtype and residual_TD.is_contiguous()):
+        return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
+    return _run(x_TD, residual_TD, weight_D, eps)
+
+
+def _compiled(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled kernel takes these tensors."""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
+        and x.dtype == weight.dtype
+        and x.shape[-1] % LANES == 0
+        and x.is_contiguous()
+        and weight.is_contiguous()
+    )
+
+
+def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, size = torch.empty_like(x), x.shape[-1]
+    summed = x if residual is None else torch.empty_like(x)
+    rows = x.numel() // size
+    _norm_rows_kernel(
+        -(-rows // _ROWS_PER_TASK),
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        summed.data_ptr(),
+        rows,
+        size,
+        x.dtype == torch.bfloat16,
+        eps,
+    )
+    return out, summed

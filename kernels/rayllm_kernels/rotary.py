@@ -1,0 +1,94 @@
+"""Rotary position embedding of queries and keys, in the half-rotation layout of Hugging Face checkpoints.
+
+Numerically transformers' `apply_rotary_pos_emb`: below float32 both products are rounded before they are added.
+Computes no angles.
+"""
+
+import torch
+from torch import Tensor
+
+from rayllm_kernels.native import Kernel, integer, next_task
+from rayllm_kernels.simd import LANES, add, load, load_bf16, mul, round_bf16, store, store_bf16, sub
+
+
+def apply_rotary_reference(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """The contract of `apply_rotary` in plain torch, on any device and under autograd."""
+    half = q_THE.shape[-1] // 2
+    cos, sin = cos_TE[:, None, half:], sin_TE[:, None, half:]
+
+    def rotate(x: Tensor) -> Tensor:
+        low, high = x[..., :half], x[..., half:]
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    return rotate(q_THE), rotate(k_TKE)
+
+
+def _rotate_heads(block: int) -> None:
+    """Kernel: task = token, all its query and key heads."""
+    sources = integer(block, 0), integer(block, 1)
+    targets = integer(block, 2), integer(block, 3)
+    counts = integer(block, 4), integer(block, 5)
+    pitches = integer(block, 6), integer(block, 7)  # elements from one token to the next
+    cos, sin, head_dim, is_bf16 = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
+    item = 2 if is_bf16 else 4
+    half = head_dim // 2 * item
+    task = next_task(block)
+    while task >= 0:
+        angles = task * head_dim * item + half
+        for which in range(2):
+            for head in range(counts[which]):
+                source = sources[which] + (task * pitches[which] + head * head_dim) * item
+                target = targets[which] + (task * counts[which] + head) * head_dim * item
+                for i in range(0, half, LANES * item):
+                    if is_bf16:
+                        low, high = load_bf16(source + i), load_bf16(source + half + i)
+                        c, s = load_bf16(cos + angles + i), load_bf16(sin + angles + i)
+                        store_bf16(target + i, sub(round_bf16(mul(low, c)), round_bf16(mul(high, s))))
+                        store_bf16(target + half + i, add(round_bf16(mul(high, c)), round_bf16(mul(low, s))))
+                    else:
+                        low, high = load(source + i), load(source + half + i)
+                        c, s = load(cos + angles + i), load(sin + angles + i)
+                        store(target + i, sub(mul(low, c), mul(high, s)))
+                        store(target + half + i, add(mul(high, c), mul(low, s)))
+        task = next_task(block)
+
+
+_rotate_heads_kernel = Kernel(_rotate_heads, integers=12, parallel_from=32)
+
+
+def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """-> rotated q and k, contiguous. `cos_TE` and `sin_TE` repeat the angles in both halves; the second is read."""
+    if not (_compiled(q_THE, cos_TE, sin_TE) and _compiled(k_TKE, cos_TE, sin_TE)):
+        return apply_rotary_reference(q_THE, k_TKE, cos_TE, sin_TE)
+    q_out = torch.empty(q_THE.shape, dtype=q_THE.dtype)
+    k_out = torch.empty(k_TKE.shape, dtype=k_TKE.dtype)
+    _rotate_heads_kernel(
+        q_THE.shape[0],
+        q_THE.data_ptr(),
+        k_TKE.data_ptr(),
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        q_THE.shape[1],
+        k_TKE.shape[1],
+        q_THE.stride(0),
+        k_TKE.stride(0),
+        cos_TE.data_ptr(),
+        sin_TE.data_ptr(),
+        q_THE.shape[2],
+        q_THE.dtype == torch.bfloat16,
+    )
+    return q_out, k_out
+
+
+def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the compiled kernel takes these tensors: heads of a token side by side."""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
+        and x.dtype == cos.dtype == sin.dtype
+        and x.shape[2] % (2 * LANES) == 0
+        and x.stride()[1:] == (x.shape[2], 1)
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )

@@ -1,0 +1,88 @@
+"""silu(gate) * up, the gate of a SwiGLU feed-forward layer (Shazeer 2020).
+
+Below float32, silu is computed in float32 and rounded before the product, as torch does.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rayllm_kernels.native import Kernel, integer, next_task
+from rayllm_kernels.simd import (
+    LANES,
+    add,
+    broadcast,
+    div,
+    exp,
+    load,
+    load_bf16,
+    mul,
+    round_bf16,
+    store,
+    store_bf16,
+    sub,
+)
+
+
+def silu_mul_reference(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """The contract of `silu_mul` in plain torch, on any device and under autograd."""
+    return F.silu(gate_TF) * up_TF
+
+
+_COLUMNS_PER_TASK = 512
+
+
+def _gate_rows(block: int) -> None:
+    """Kernel: task = (row, some columns)."""
+    gate, up, out, size = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    gate_pitch, up_pitch, is_bf16 = integer(block, 4), integer(block, 5), integer(block, 6)
+    parts = (size + _COLUMNS_PER_TASK - 1) // _COLUMNS_PER_TASK
+    zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
+    item = 2 if is_bf16 else 4
+    task = next_task(block)
+    while task >= 0:
+        row, first = task // parts, task % parts * _COLUMNS_PER_TASK
+        g, u, o = gate + row * gate_pitch * item, up + row * up_pitch * item, out + row * size * item
+        for i in range(first * item, min(size, first + _COLUMNS_PER_TASK) * item, LANES * item):
+            x = load_bf16(g + i) if is_bf16 else load(g + i)
+            silu = div(x, add(one, exp(sub(zero, x))))
+            if is_bf16:
+                store_bf16(o + i, mul(round_bf16(silu), load_bf16(u + i)))
+            else:
+                store(o + i, mul(silu, load(u + i)))
+        task = next_task(block)
+
+
+_gate_rows_kernel = Kernel(_gate_rows, integers=7, parallel_from=16)
+
+
+def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """silu(gate) * up, contiguous; gate and up may be column slices of one matrix."""
+    if not (_compiled(gate_TF) and _compiled(up_TF) and gate_TF.dtype == up_TF.dtype):
+        return silu_mul_reference(gate_TF, up_TF)
+    rows, size = gate_TF.shape
+    out = torch.empty(gate_TF.shape, dtype=gate_TF.dtype)
+    _gate_rows_kernel(
+        rows * -(-size // _COLUMNS_PER_TASK),
+        gate_TF.data_ptr(),
+        up_TF.data_ptr(),
+        out.data_ptr(),
+        size,
+        gate_TF.stride(0),
+        up_TF.stride(0),
+        gate_TF.dtype == torch.bfloat16,
+    )
+    return out
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether the compiled kernel takes this tensor."""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
+        and x.ndim == 2
+        and x.shape[1] % LANES == 0
+        and x.stride(1) == 1
+    )
