@@ -25,9 +25,9 @@ class LinearLimits:
 def linear_limits() -> LinearLimits:
     problem = amx_problem()
     if problem is None:
-        limits = LinearLimits(vector_float32=16, vector_bfloat16=2, tile_bfloat16=64)
-        logger.info("bfloat16 linear: vectors up to 2 rows, AMX tiles up to 64, torch above")
+        limits = LinearLimits(vector_float32=16, vector_bfloat16=1, tile_bfloat16=256)
+        logger.info("bfloat16 linear: vectors for 1 row, AMX tiles up to 256, torch above")
     else:
         limits = LinearLimits(vector_float32=16, vector_bfloat16=4, tile_bfloat16=0)
-        logger.info("bfloat16 linear: vectors up to 4 rows, torch above; no AMX tiles: %s", problem)
+        logger.info("bfloat16 linear: vectors up to 4 rows, torch above, because %s", problem)
     return limits

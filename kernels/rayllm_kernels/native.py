@@ -11,6 +11,7 @@ threads and uneven cores do not matter. What a task computes never depends on th
 """
 
 import ctypes
+import hashlib
 import logging
 import struct
 import threading
@@ -26,6 +27,10 @@ from rayllm_kernels.simd import fetch_increment, inlined, load_f64, load_i64
 logger = logging.getLogger(__name__)
 
 _HEADER = 2  # ticket, tasks
+# numba keys its cache by the file that holds a kernel; the helpers that go into it are named here by their content.
+_HELPERS = hashlib.sha256(
+    b"".join((Path(__file__).parent / name).read_bytes() for name in ("simd.py", "amx.py", "native.py"))
+).hexdigest()[:12]
 _REGISTRY: list["Kernel"] = []
 
 
@@ -83,6 +88,7 @@ class Kernel:
 
         `runs_here`: false where the processor lacks the kernel's instructions; compiling would abort the process.
         """
+        body.__qualname__ = f"{body.__name__}_{_HELPERS}"
         self._body = body
         self._parallel_from = parallel_from
         self.runs_here = runs_here

@@ -245,7 +245,7 @@ _LONGEST_IN_PLACE = 16  # queries of a sequence; past that gathering once pays (
 def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors."""
     return (
-        q.device.type == "cpu"
+        q.is_cpu
         and (q.dtype == torch.bfloat16 or q.dtype == torch.float32)
         and k_cache.dtype == v_cache.dtype == torch.float32
         and q.shape[2] % LANES == 0
@@ -254,7 +254,8 @@ def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, ta
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
         and tables.dtype == torch.int32
-        and not (q.requires_grad and torch.is_grad_enabled())
+        and tables.stride(1) == 1
+        and not torch.is_grad_enabled()
     )
 
 
@@ -272,9 +273,11 @@ def paged_attention(
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend as the module says; `out` (shape and dtype of q) is filled and returned when given."""
-    out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device) if out is None else out
+    out_THE = q_THE.new_empty(q_THE.shape) if out is None else out
     sequences, longest = rows_B.shape[0], 0
-    if _pages_in_place(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM):
+    if _pages_in_place(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM) and all(
+        x.dtype == torch.int32 and x.is_contiguous() for x in (rows_B, query_start_B1, context_lens_B)
+    ):
         decode_only = q_THE.shape[0] <= sequences  # no more than a query each
         longest = q_THE.shape[0] if decode_only else _LONGEST_IN_PLACE
         _, page, kv_heads, head_dim = k_cache_NPKE.shape

@@ -102,7 +102,7 @@ def _compiled(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors."""
     return (
         not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        and x.is_cpu
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.dtype == weight.dtype
         and x.shape[-1] % LANES == 0

@@ -53,15 +53,15 @@ def _rotate_heads(block: int) -> None:
         task = next_task(block)
 
 
-_rotate_heads_kernel = Kernel(_rotate_heads, integers=12, parallel_from=32)
+_rotate_heads_kernel = Kernel(_rotate_heads, integers=12, parallel_from=8)
 
 
 def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
     """-> rotated q and k, contiguous. `cos_TE` and `sin_TE` repeat the angles in both halves; the second is read."""
     if not (_compiled(q_THE, cos_TE, sin_TE) and _compiled(k_TKE, cos_TE, sin_TE)):
         return apply_rotary_reference(q_THE, k_TKE, cos_TE, sin_TE)
-    q_out = torch.empty(q_THE.shape, dtype=q_THE.dtype)
-    k_out = torch.empty(k_TKE.shape, dtype=k_TKE.dtype)
+    q_out = q_THE.new_empty(q_THE.shape)
+    k_out = k_TKE.new_empty(k_TKE.shape)
     _rotate_heads_kernel(
         q_THE.shape[0],
         q_THE.data_ptr(),
@@ -84,7 +84,7 @@ def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors: heads of a token side by side."""
     return (
         not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        and x.is_cpu
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.dtype == cos.dtype == sin.dtype
         and x.shape[2] % (2 * LANES) == 0

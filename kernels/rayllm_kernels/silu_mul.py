@@ -62,7 +62,7 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     if not (_compiled(gate_TF) and _compiled(up_TF) and gate_TF.dtype == up_TF.dtype):
         return silu_mul_reference(gate_TF, up_TF)
     rows, size = gate_TF.shape
-    out = torch.empty(gate_TF.shape, dtype=gate_TF.dtype)
+    out = gate_TF.new_empty((rows, size))
     _gate_rows_kernel(
         rows * -(-size // _COLUMNS_PER_TASK),
         gate_TF.data_ptr(),
@@ -80,7 +80,7 @@ def _compiled(x: Tensor) -> bool:
     """Whether the compiled kernel takes this tensor."""
     return (
         not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        and x.is_cpu
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.ndim == 2
         and x.shape[1] % LANES == 0

@@ -3,9 +3,6 @@
 Everything here is callable only inside numba-compiled code. Memory is addressed by plain integers (bytes): bfloat16
 tensors have no numpy view, and building numpy arrays would cost more than the small kernels themselves. A vector is
 LLVM's `<16 x float>`: one AVX-512 register, two AVX2 or four NEON ones, without a change here.
-
-numba keys its on-disk cache by the file that holds the kernel, not by this one: after an edit here, remove the
-`__pycache__/*.nb*` files.
 """
 
 import inspect
@@ -143,14 +140,13 @@ def fetch_increment(builder: Any, address: Any) -> Any:
 
 def emit_prefetch(builder: Any, address: Any) -> Any:
     """Ask for the cache line of `address`, which need not be readable."""
-    byte_pointer = ir.PointerType(ir.IntType(8))
     return call_llvm(
         builder,
         "llvm.prefetch.p0i8",
         ir.VoidType(),
-        builder.inttoptr(address, byte_pointer),
+        builder.inttoptr(address, ir.PointerType(ir.IntType(8))),
         _INT32(0),  # to read
-        _INT32(3),  # keep in all levels
+        _INT32(2),  # from the second level on: fetching into the first is a third slower
         _INT32(1),  # data
     )
 
@@ -259,7 +255,7 @@ def max_lanes(builder: Any, vector: Any) -> Any:
 
 @operation(VECTOR, VECTOR)
 def exp(builder: Any, x: Any) -> Any:
-    """e**x to 2 units in the last place for -87 <= x <= 88, 0 below, e**88 above, NaN for NaN.
+    """e**x to 2 units in the last place for -87 <= x <= 88, 0 below, infinity above, NaN for NaN.
 
     2**n * e**r with n = round(x / ln 2) and Cephes' polynomial for e**r, |r| <= ln 2 / 2.
     """
@@ -281,6 +277,7 @@ def exp(builder: Any, x: Any) -> Any:
     exponent = builder.shl(builder.add(builder.fptosi(n, INTS), splat(127, INTS)), splat(23, INTS))
     value = builder.fmul(p, builder.bitcast(exponent, FLOATS))
     value = builder.select(builder.fcmp_ordered("<", x, constant(-87.0)), constant(0.0), value)
+    value = builder.select(builder.fcmp_ordered(">", x, constant(88.0)), constant(float("inf")), value)
     return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
 
 

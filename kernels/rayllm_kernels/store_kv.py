@@ -35,7 +35,7 @@ def _store_tokens(block: int) -> None:
         task = next_task(block)
 
 
-_store_tokens_kernel = Kernel(_store_tokens, integers=9, parallel_from=64)
+_store_tokens_kernel = Kernel(_store_tokens, integers=9, parallel_from=16)
 
 
 def store_kv(k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: Tensor, slot_mapping_T: Tensor) -> None:
@@ -60,7 +60,7 @@ def store_kv(k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: T
 def _compiled(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors: float32 caches on CPU, heads of a token side by side."""
     return (
-        k.device.type == "cpu"
+        k.is_cpu
         and (k.dtype == torch.bfloat16 or k.dtype == torch.float32)
         and k.dtype == v.dtype
         and k_cache.dtype == v_cache.dtype == torch.float32

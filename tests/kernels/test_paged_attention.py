@@ -1,6 +1,8 @@
 """paged_attention and store_kv against dense attention in float64, with poison wherever nobody may look."""
 
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +13,13 @@ from rayllm_kernels import paged_attention, paged_attention_reference, store_kv
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of outputs of order one; bf16 rounds by 2**-9
 ROWS, UNUSED_BLOCK = 7, 2**30
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    """Serving runs so; under autograd the compiled kernels step aside."""
+    with torch.inference_mode():
+        yield
 
 
 @dataclass
@@ -148,6 +157,22 @@ def test_alone_and_in_a_batch_are_bitwise_equal() -> None:
             "query_start_B1": torch.tensor([0, 1], dtype=torch.int32),
         }
         assert torch.equal(paged_attention(case.q_THE[b : b + 1], *case.caches, **alone)[0], together[b])
+
+
+def test_the_kernel_and_the_gathering_path_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(MIXED, heads=9, kv_heads=3, window=50)
+    check(case)
+    monkeypatch.setattr(sys.modules["rayllm_kernels.paged_attention"], "_pages_in_place", lambda *_: False)
+    check(case)
+
+
+def test_under_autograd_torch_serves() -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        case = make_case([(1, 20), (4, 30)])
+        check(case)
+        case.q_THE.requires_grad_()
+        paged_attention(case.q_THE, *case.caches, **case.arguments).sum().backward()  # type: ignore[arg-type]
+        assert case.q_THE.grad is not None
 
 
 def test_strided_queries() -> None:

@@ -1,0 +1,118 @@
+"""rms_norm, rotary and silu_mul against transformers' own layers, their torch references and float64."""
+
+import pytest
+import torch
+from rayllm_kernels import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    apply_rotary,
+    apply_rotary_reference,
+    rms_norm,
+    rms_norm_reference,
+    silu_mul,
+    silu_mul_reference,
+)
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 576), (3, 16), (17, 80), (9, 1536), (2, 50)]  # 50: no multiple of the lanes, served by the reference
+
+
+def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def assert_near(result: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of float32 sums: in bfloat16 that may flip a rare rounding, never by more than a step."""
+    assert result.dtype == expected.dtype
+    if result.dtype == torch.bfloat16:
+        assert (result != expected).float().mean() < 2e-3
+        torch.testing.assert_close(result, expected, rtol=2**-7, atol=0)
+    else:
+        torch.testing.assert_close(result, expected, rtol=2e-6, atol=1e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = randn(*shape, dtype=dtype, scale=3.0), randn(shape[1], dtype=dtype)
+    theirs = LlamaRMSNorm(shape[1], eps=1e-5).to(dtype)
+    theirs.weight.copy_(weight)
+    assert_near(rms_norm(x, weight, 1e-5), theirs(x))
+    assert_near(rms_norm(x[None], weight, 1e-5), theirs(x)[None])
+    exact = rms_norm_reference(x.double(), weight.double(), 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), exact, rtol=2**-7, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = randn(*shape, dtype=dtype), randn(shape[1], dtype=dtype)
+    residual = randn(*shape, dtype=dtype, scale=5.0).flip(0)
+    before = x.clone(), residual.clone()
+    normed, summed = add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(summed, residual + x)
+    assert_near(normed, add_rms_norm_reference(x, residual, weight, 1e-6)[0])
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+@torch.inference_mode()
+def test_rms_norm_of_zeros_and_of_large_values() -> None:
+    weight = torch.ones(64)
+    assert torch.equal(rms_norm(torch.zeros(2, 64), weight, 1e-5), torch.zeros(2, 64))
+    torch.testing.assert_close(rms_norm(torch.full((1, 64), 1e15), weight, 1e-5), torch.ones(1, 64))
+    assert rms_norm(torch.full((1, 64), torch.nan), weight, 1e-5).isnan().all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 20, 32])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(1, 9, 3), (33, 4, 4), (5, 5, 1)])
+def test_rotary(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    q, k, _ = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views of one product, as in a fused projection
+    angles = randn(tokens, head_dim // 2, dtype=torch.float32, scale=9.0).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    results = apply_rotary(q, k, cos, sin)
+    expected = apply_rotary_pos_emb(
+        q.transpose(0, 1)[None].float(), k.transpose(0, 1)[None].float(), cos[None].float(), sin[None].float()
+    )
+    for result, reference, theirs in zip(results, apply_rotary_reference(q, k, cos, sin), expected, strict=True):
+        assert result.is_contiguous() or head_dim % 32 != 0
+        torch.testing.assert_close(result, reference, rtol=0, atol=0 if dtype == torch.bfloat16 else 1e-6)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(result.float(), theirs[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1536), (3, 16), (40, 528), (2, 50)])
+def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    joined = randn(shape[0], 2 * shape[1], dtype=dtype, scale=8.0)
+    gate, up = joined.chunk(2, dim=1)  # column slices of one matrix
+    assert_near(silu_mul(gate, up), silu_mul_reference(gate, up))
+    assert_near(silu_mul(gate.contiguous(), up), silu_mul_reference(gate, up))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_at_the_ends(dtype: torch.dtype) -> None:
+    gate = torch.tensor([-torch.inf, -3e38, -200, -88, -0.0, 0.0, 88, 200, 3e38, torch.nan] * 8, dtype=dtype)[None]
+    result = silu_mul(gate, torch.ones_like(gate))
+    expected = torch.nn.functional.silu(gate)
+    finite = gate.isfinite()
+    torch.testing.assert_close(result[finite], expected[finite], rtol=2**-7, atol=1e-30)
+    assert result[gate.isnan()].isnan().all()
+
+
+def test_under_autograd_the_references_serve() -> None:
+    x, weight = torch.randn(2, 64, requires_grad=True), torch.ones(64)
+    q, k, cos = torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 1, 64), torch.randn(2, 64)
+    outputs = [rms_norm(x, weight, 1e-5), *add_rms_norm(x, x, weight, 1e-5), silu_mul(x, x)]
+    outputs.append(apply_rotary(q, k, cos, cos)[0])
+    assert all(output.grad_fn is not None for output in outputs)
