@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from rayllm_kernels import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -27,8 +30,6 @@ from rayllm_kernels import (
     store_kv,
     store_kv_reference,
 )
-from torch import Tensor
-from torch.nn import functional as F
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, PAGE = 30, 576, 9, 3, 64, 1536, 49152, 16
 SHAPES = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import config
 
 from rayllm_kernels.simd import call_llvm, operation
 
@@ -23,6 +24,8 @@ def amx_problem() -> str | None:
     """Why this process cannot multiply bfloat16 tiles, None if it can. Asks Linux for the right to use them."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "not Linux on x86-64"
+    if config.CPU_NAME or config.CPU_FEATURES:
+        return "numba is told to compile for another processor"
     features = binding.get_host_cpu_features()
     if not (features.get("amx-tile") and features.get("amx-bf16")):
         return "the processor has no AMX tiles"

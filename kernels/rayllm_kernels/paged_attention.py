@@ -143,6 +143,46 @@ def _softmax_tile(scores: int, keys: int, highest: float) -> tuple[float, float]
     return highest, sum_lanes(total)
 
 
+@inlined
+def _load_scaled(source: int, target: int, length: int, scale: float, is_bf16: int) -> None:
+    """target[0:length] = source * scale, as float32."""
+    factor = broadcast(np.float32(scale))
+    for i in range(0, length, LANES):
+        values = load_bf16(source + 2 * i) if is_bf16 else load(source + 4 * i)
+        store(target + 4 * i, mul(values, factor))
+
+
+@inlined
+def _store_scaled(source: int, target: int, length: int, scale: float, is_bf16: int) -> None:
+    """target[0:length] = float32 source * scale."""
+    factor = broadcast(np.float32(scale))
+    for i in range(0, length, LANES):
+        values = mul(load(source + 4 * i), factor)
+        if is_bf16:
+            store_bf16(target + 2 * i, values)
+        else:
+            store(target + 4 * i, values)
+
+
+@inlined
+def _locate(
+    table: int, first: int, keys: int, page: int, pitch: int, shift: int, cache: int, size: int, addresses: int
+) -> None:
+    """addresses[j] = bytes from a cache's start to token first + j of the sequence; asks for those of `cache` ahead.
+
+    `pitch`: bytes from one slot to the next; `shift`: from a slot's start to the kv head; `size`: of the head.
+    """
+    index, within = first // page, first % page
+    for j in range(keys):
+        offset = (load_i32(table + 4 * index) * page + within) * pitch + shift
+        store_i64(addresses + 8 * j, offset)
+        for i in range(0, size, 64):
+            prefetch(cache + offset + i)
+        within += 1
+        if within == page:
+            index, within = index + 1, 0
+
+
 def _attend_pages(block: int) -> None:
     """Kernel: task = (query token, kv head). Online softmax over tiles of keys, read where they lie."""
     q, out, k_cache, v_cache = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
@@ -150,32 +190,28 @@ def _attend_pages(block: int) -> None:
     heads, kv_heads, head_dim, page = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
     table_stride, token_stride, head_stride = integer(block, 12), integer(block, 13), integer(block, 14)
     is_bf16, window, longest = integer(block, 15), integer(block, 16), integer(block, 17)
-    scale = np.float32(real(block, 18))
-    group = heads // kv_heads
-    floats = np.empty(group * (2 * head_dim + _TILE + 2), np.float32)
-    integers = np.empty(_TILE, np.int64)
+    scale = real(block, 18)
+    group, head_bytes, item = heads // kv_heads, 4 * head_dim, 2 if is_bf16 else 4
+    floats, integers = np.empty(group * (2 * head_dim + _TILE + 2), np.float32), np.empty(_TILE, np.int64)
     queries, addresses = floats.ctypes.data, integers.ctypes.data
-    acc = queries + 4 * group * head_dim
-    scores = acc + 4 * group * head_dim
+    acc = queries + group * head_bytes
+    scores = acc + group * head_bytes
     highest = scores + 4 * group * _TILE
     totals = highest + 4 * group
-    item = 2 if is_bf16 else 4
     task = next_task(block)
     while task >= 0:
         token, kv_head = task // kv_heads, task % kv_heads
         b = 0
         while token >= load_i32(starts + 4 * (b + 1)):
             b += 1
-        length = load_i32(starts + 4 * (b + 1)) - load_i32(starts + 4 * b)
-        if length > longest:  # left to the other path
+        if load_i32(starts + 4 * (b + 1)) - load_i32(starts + 4 * b) > longest:  # left to the other path
             task = next_task(block)
             continue
         for g in range(group):
             source = q + item * (token * token_stride + (kv_head * group + g) * head_stride)
-            for e in range(0, head_dim, LANES):
-                values = load_bf16(source + 2 * e) if is_bf16 else load(source + 4 * e)
-                store(queries + 4 * (g * head_dim + e), mul(values, broadcast(scale)))
-                store(acc + 4 * (g * head_dim + e), broadcast(np.float32(0.0)))
+            _load_scaled(source, queries + g * head_bytes, head_dim, scale, is_bf16)
+            for i in range(0, head_bytes, 64):
+                store(acc + g * head_bytes + i, broadcast(np.float32(0.0)))
             store_f32(highest + 4 * g, np.float32(-np.inf))
             store_f32(totals + 4 * g, np.float32(0.0))
         end = load_i32(contexts + 4 * b) - (load_i32(starts + 4 * (b + 1)) - token) + 1
@@ -183,40 +219,27 @@ def _attend_pages(block: int) -> None:
         table = tables + 4 * load_i32(rows + 4 * b) * table_stride
         while first < end:
             keys = min(_TILE, end - first)
-            index, within = first // page, first % page
-            for j in range(keys):
-                offset = 4 * ((load_i32(table + 4 * index) * page + within) * kv_heads + kv_head) * head_dim
-                store_i64(addresses + 8 * j, offset)
-                within += 1
-                if within == page:
-                    index, within = index + 1, 0
-                for e in range(0, head_dim, LANES):
-                    prefetch(k_cache + offset + 4 * e)
+            pitch, shift = kv_heads * head_bytes, kv_head * head_bytes
+            _locate(table, first, keys, page, pitch, shift, k_cache, head_bytes, addresses)
             for j in range(keys):
                 offset = load_i64(addresses + 8 * j)
-                for e in range(0, head_dim, LANES):
-                    prefetch(v_cache + offset + 4 * e)
+                for i in range(0, head_bytes, 64):
+                    prefetch(v_cache + offset + i)
                 for g in range(group):
-                    score = _dot(queries + 4 * g * head_dim, k_cache + offset, head_dim)
+                    score = _dot(queries + g * head_bytes, k_cache + offset, head_dim)
                     store_f32(scores + 4 * (g * _TILE + j), score)
             for g in range(group):
-                old = load_f32(highest + 4 * g)
-                new, total = _softmax_tile(scores + 4 * g * _TILE, keys, old)
+                old, weights = load_f32(highest + 4 * g), scores + 4 * g * _TILE
+                new, total = _softmax_tile(weights, keys, old)
                 decay = math.exp(old - new)
                 store_f32(highest + 4 * g, new)
                 store_f32(totals + 4 * g, np.float32(load_f32(totals + 4 * g) * decay + total))
-                _accumulate(acc + 4 * g * head_dim, decay, scores + 4 * g * _TILE, addresses, v_cache, keys, head_dim)
+                _accumulate(acc + g * head_bytes, decay, weights, addresses, v_cache, keys, head_dim)
             first += keys
         for g in range(group):
             total = load_f32(totals + 4 * g)
-            factor = broadcast(np.float32(1.0) / total if total != 0 else np.float32(0.0))
             target = out + item * (token * heads + kv_head * group + g) * head_dim
-            for e in range(0, head_dim, LANES):
-                values = mul(load(acc + 4 * (g * head_dim + e)), factor)
-                if is_bf16:
-                    store_bf16(target + 2 * e, values)
-                else:
-                    store(target + 4 * e, values)
+            _store_scaled(acc + g * head_bytes, target, head_dim, 1 / total if total != 0 else 0.0, is_bf16)
         task = next_task(block)
     floats[0] = integers[0] = 0  # numba frees an array after its last use, and addresses are no use
 

@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from rayllm_kernels import linear
 from rayllm_kernels.amx import amx_problem
 from rayllm_kernels.dispatch import LinearLimits, linear_limits
-from torch import Tensor
-from torch.nn import functional as F
 
 ALL_ROWS = 10**9
 PRODUCTS = {

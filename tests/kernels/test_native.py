@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+
 from rayllm_kernels import compile_kernels, native, rms_norm, rms_norm_reference
 from rayllm_kernels.native import Kernel, integer, next_task, real
 from rayllm_kernels.simd import LANES, exp, load, load_bf16, store, store_bf16, store_f32, transpose

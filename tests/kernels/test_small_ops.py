@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
 from rayllm_kernels import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -12,8 +15,6 @@ from rayllm_kernels import (
     silu_mul,
     silu_mul_reference,
 )
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 576), (3, 16), (17, 80), (9, 1536), (2, 50)]  # 50: no multiple of the lanes, served by the reference
