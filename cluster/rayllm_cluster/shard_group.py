@@ -109,7 +109,7 @@ class ShardGroup:
             if self._hub is not None:
                 self._hub.close()
             if self._watcher is not None:
-                self._watcher.join()
+                self._watcher.join(_STOP_S)  # it may wait for ever, if Ray was shut down under it
             self._placement.release()
             self._closed = True
         atexit.unregister(self.close)

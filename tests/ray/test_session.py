@@ -79,6 +79,28 @@ def test_no_process_is_left_after_a_signal(number: signal.Signals) -> None:
         assert errors.splitlines()[-1] == "KeyboardInterrupt"
 
 
+RAY_IS_SHUT_DOWN = textwrap.dedent("""
+    import ray
+    from rayllm_cluster.session import Session
+    from rayllm_cluster.placement import plan_placement
+    from rayllm_cluster.shard_group import ShardGroup
+
+    session = Session.start(num_cpus=4)
+    group = ShardGroup("tests.ray.shards:create_echo", b"", plan_placement(1, 1, shard={"CPU": 1.0}))
+    ray.shutdown()
+    group.close()
+    session.stop()
+    print(ray.is_initialized())
+""")
+
+
+def test_a_group_may_be_closed_after_ray_is_shut_down() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_IS_SHUT_DOWN], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 def test_an_address_where_nothing_is() -> None:
     with pytest.raises(SessionError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:1: .*refused"):
         Session.start(address="127.0.0.1:1")
