@@ -54,6 +54,8 @@ class Members:
 
     def lost(self, timeout_s: float) -> ShardLostError | None:
         """The member that has ended, waiting for one if there is none."""
+        if not ray.is_initialized():  # else `wait` would start a Ray of its own
+            return ShardLostError(0, "Ray was shut down")
         if not ray.wait(self._runs, num_returns=1, timeout=timeout_s)[0]:
             return None
         # As in the hub: behind a shard that failed there may be one that died.
@@ -63,7 +65,8 @@ class Members:
 
     def wait_ended(self, timeout_s: float) -> None:
         """Until all have left their loops."""
-        ray.wait(self._runs, num_returns=len(self._runs), timeout=timeout_s)
+        if ray.is_initialized():
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=timeout_s)
 
     def dump_stacks(self) -> None:
         """Each process on this node writes where it is to its log."""

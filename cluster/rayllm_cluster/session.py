@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from types import TracebackType
 from typing import Self
 
@@ -9,6 +10,7 @@ from rayllm_cluster.errors import SessionError
 
 # Frames go over sockets and weights are read from disk, so the object store is all but unused.
 _OBJECT_STORE_BYTES = 128 << 20
+_CONNECT_S = 10.0
 
 
 class Session:
@@ -34,10 +36,11 @@ class Session:
             return cls(owned=False)
         try:
             if address is not None:
+                _check_reachable(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 _start_local(num_cpus)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             ray.shutdown()
             where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
             raise SessionError(f"{where}: {str(error).splitlines()[0]}") from error
@@ -57,6 +60,13 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
 
 
 def _start_local(num_cpus: int | None) -> None:

@@ -75,6 +75,7 @@ class ShardGroup:
         self._failing = threading.Lock()
         self._lost: ShardLostError | None = None
         self._closing = threading.Event()
+        self._closed = False
         self._members: Members | None = None
         self._hub: Hub | None = None
         self._watcher: threading.Thread | None = None
@@ -102,12 +103,15 @@ class ShardGroup:
         if self._hub is not None:
             self._hub.wake()
         with self._calling:
+            if self._closed:
+                return
             self._stop_members()
             if self._hub is not None:
                 self._hub.close()
             if self._watcher is not None:
-                self._watcher.join()
+                self._watcher.join(_STOP_S)  # it may wait for ever, if Ray was shut down under it
             self._placement.release()
+            self._closed = True
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
