@@ -19,6 +19,7 @@ from rayllm.parallel.load import load_shard, local_kv_heads, stage_layers
 from rayllm.parallel.mesh import Mesh
 from rayllm.parallel.pipeline import recv_hidden, send_hidden
 from rayllm.scheduler.batch import Batch, PositionLogprobs, SequenceResult, StepResult
+from rayllm_kernels import compile_kernels
 
 # Rows of logits held at a time for prompt log-probabilities: 256 x 150k x 4 bytes = 150 MB.
 _LOGITS_ROWS = 256
@@ -43,6 +44,8 @@ class ModelRunner:
         self._dtype = dtype
         self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device).requires_grad_(False)
         fuse_projections(self._model)
+        if device.type == "cpu":
+            compile_kernels()
         self._layout = KVLayout(
             layers=stage_layers(spec.num_layers, mesh.pp_rank, mesh.pp_size),
             num_kv_heads=local_kv_heads(spec, mesh.tp_size),

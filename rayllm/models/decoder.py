@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rayllm.models.context import ForwardContext
-from rayllm.models.layers import Block, make_norm
+from rayllm.models.layers import Block, Linear, make_norm
 from rayllm.models.rope import RotaryEmbedding
 from rayllm.models.spec import DecoderSpec
 
@@ -31,7 +31,7 @@ class Decoder(nn.Module):
             self.embed_positions = _embedding(spec.max_position_embeddings, spec.hidden_size)
         self.layers = nn.ModuleDict({str(layer): Block(spec, layer) for layer in range(spec.num_layers)})
         self.norm: nn.Module | None = make_norm(spec)
-        self.lm_head: nn.Module | None = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.lm_head: nn.Module | None = Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.tie_weights()
 
     def forward(self, x: Tensor, positions_T: Tensor, context: ForwardContext) -> Tensor:

@@ -1,7 +1,7 @@
 """The parts of a decoder block. Single device: no rank, no mesh, no quantization inside.
 
 Head counts are read from the tensors, never from the spec, so that a part works the same on a slice of its heads.
-Letters: T tokens, D hidden, H query heads, K kv heads, E head_dim.
+Letters: T tokens, D hidden, F feed-forward, H query heads, K kv heads, E head_dim.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from rayllm.models.context import ForwardContext
 from rayllm.models.rope import Rotation
 from rayllm.models.spec import Activation, DecoderSpec
+from rayllm_kernels import linear, rms_norm, silu_mul
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -34,9 +35,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose product, where no gradient is asked for, is that of the kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def make_norm(spec: DecoderSpec) -> nn.Module:
@@ -53,10 +59,10 @@ class Attention(nn.Module):
         self.scale = spec.head_dim**-0.5
         self.window = spec.windows[layer]
         query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.q_proj = nn.Linear(spec.hidden_size, query_size, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(query_size, spec.hidden_size, bias=spec.o_bias)
+        self.q_proj = Linear(spec.hidden_size, query_size, bias=spec.qkv_bias)
+        self.k_proj = Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
+        self.v_proj = Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
+        self.o_proj = Linear(query_size, spec.hidden_size, bias=spec.o_bias)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
@@ -65,7 +71,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
         if rotation is not None:
-            q_THE, k_TKE = rotation.apply(q_THE), rotation.apply(k_TKE)
+            q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
         out_THE = context.attend(self.layer, q_THE, k_TKE, v_TKE, scale=self.scale, window=self.window)
         output: Tensor = self.o_proj(out_THE.flatten(1))
         return output
@@ -85,13 +91,17 @@ class GatedMlp(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
-        self.down_proj = nn.Linear(spec.ffn_size, spec.hidden_size, bias=spec.mlp_bias)
+        self.gate_proj = Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
+        self.up_proj = Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
+        self.down_proj = Linear(spec.ffn_size, spec.hidden_size, bias=spec.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        output: Tensor = self.down_proj(gated(self.activation, self.gate_proj(x_TD), self.up_proj(x_TD)))
         return output
+
+
+def gated(activation: Callable[[Tensor], Tensor], gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return silu_mul(gate_TF, up_TF) if activation is F.silu else activation(gate_TF) * up_TF
 
 
 class Mlp(nn.Module):
@@ -100,8 +110,8 @@ class Mlp(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
-        self.up_proj = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
-        self.down_proj = nn.Linear(spec.ffn_size, spec.hidden_size, bias=spec.mlp_bias)
+        self.up_proj = Linear(spec.hidden_size, spec.ffn_size, bias=spec.mlp_bias)
+        self.down_proj = Linear(spec.ffn_size, spec.hidden_size, bias=spec.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         output: Tensor = self.down_proj(self.activation(self.up_proj(x_TD)))

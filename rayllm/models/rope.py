@@ -1,7 +1,7 @@
 """Rotary position embeddings: angles from a `RopeSpec`, and the rotation itself.
 
 Numerically transformers' `modeling_rope_utils`: frequencies and angles in float32, cos and sin rounded to the dtype of
-the hidden states. Letters: T tokens, E head_dim, H heads.
+the hidden states. Letters: T tokens, E head_dim, H query heads, K kv heads.
 """
 
 import math
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from rayllm.models.spec import RopeSpec
+from rayllm_kernels import apply_rotary
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """One step's angles. `sin_T1E` holds -sin in its first half: rotate_half(x) * sin == roll(x, E/2) * signed sin."""
+    """One step's angles, repeated in both halves of E."""
 
-    cos_T1E: Tensor
-    sin_T1E: Tensor
+    cos_TE: Tensor
+    sin_TE: Tensor
 
-    def apply(self, x_THE: Tensor) -> Tensor:
-        return torch.addcmul(x_THE * self.cos_T1E, x_THE.roll(x_THE.shape[-1] // 2, -1), self.sin_T1E)
+    def apply(self, q_THE: Tensor, k_TKE: Tensor) -> tuple[Tensor, Tensor]:
+        return apply_rotary(q_THE, k_TKE, self.cos_TE, self.sin_TE)
 
 
 class RotaryEmbedding:
@@ -44,11 +45,9 @@ class RotaryEmbedding:
             inv_freq = dynamic_inverse_frequencies(self._spec, self._head_dim, lengths_T.to(positions_T.device))
         else:
             inv_freq = self._inv_freq
-        angles = positions_T[:, None].float() * inv_freq
-        cos, sin = angles.cos() * self._spec.attention_factor, angles.sin() * self._spec.attention_factor
-        return Rotation(
-            torch.cat((cos, cos), dim=-1).to(dtype).unsqueeze(1), torch.cat((-sin, sin), dim=-1).to(dtype).unsqueeze(1)
-        )
+        angles = (positions_T[:, None].float() * inv_freq).repeat(1, 2)
+        scale = self._spec.attention_factor
+        return Rotation((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
 
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:

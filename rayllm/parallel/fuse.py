@@ -4,11 +4,13 @@ A step of few tokens is bound by reading the weights and by the number of calls.
 training and quantization want the matrices apart. Letters: T tokens, D hidden, H query heads, K kv heads, E head_dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from rayllm.models.decoder import Decoder
-from rayllm.models.layers import Attention, Block, GatedMlp
+from rayllm.models.layers import Attention, Block, GatedMlp, Linear, gated
 
 
 class FusedAttention(Attention):
@@ -40,7 +42,7 @@ class FusedGatedMlp(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x_TD).chunk(2, dim=-1)
-        output: Tensor = self.down_proj(self.activation(gate) * up)
+        output: Tensor = self.down_proj(gated(self.activation, gate, up))
         return output
 
 
@@ -53,10 +55,10 @@ def fuse_projections(model: Decoder) -> None:
             block.mlp = FusedGatedMlp(block.mlp)
 
 
-def _joined(linears: list[nn.Linear]) -> nn.Linear:
+def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
     """One linear whose output is that of `linears`, one after another."""
     first, size = linears[0], sum(linear.out_features for linear in linears)
-    joined = nn.Linear(first.in_features, size, bias=first.bias is not None, device="meta")
+    joined = Linear(first.in_features, size, bias=first.bias is not None, device="meta")
     joined.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]).detach())
     if first.bias is not None:
         joined.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]).detach())

@@ -96,7 +96,10 @@ def test_rotation_equals_transformers(name: str, length: int) -> None:
     lengths = torch.full((length,), length)
     rotation = RotaryEmbedding(spec.rope, spec.head_dim).rotation(positions, lengths, torch.float32)
     # At position 5000 one rounding of a frequency turns an angle by 5000 * 2**-24 = 3e-4.
-    torch.testing.assert_close(rotation.apply(q_THE), expected[0].transpose(0, 1), rtol=0, atol=length * 2.0**-22)
+    q_rotated, k_rotated = rotation.apply(q_THE, q_THE[:, :1])
+    atol = length * 2.0**-22
+    torch.testing.assert_close(q_rotated, expected[0].transpose(0, 1), rtol=0, atol=atol)
+    torch.testing.assert_close(k_rotated, expected[0, :1].transpose(0, 1), rtol=0, atol=atol)
 
 
 def test_each_token_has_the_angles_of_its_own_length() -> None:
@@ -107,10 +110,10 @@ def test_each_token_has_the_angles_of_its_own_length() -> None:
     mixed = rotary.rotation(positions, torch.tensor([2048, 4096, 3001]), torch.float32)
     for row, length in enumerate((2048, 4096, 3001)):
         alone = rotary.rotation(positions[row : row + 1], torch.tensor([length]), torch.float32)
-        torch.testing.assert_close(mixed.cos_T1E[row : row + 1], alone.cos_T1E)
-    assert (mixed.cos_T1E[0] - mixed.cos_T1E[2]).abs().max() > 0.1
+        torch.testing.assert_close(mixed.cos_TE[row : row + 1], alone.cos_TE)
+    assert (mixed.cos_TE[0] - mixed.cos_TE[2]).abs().max() > 0.1
     unscaled = rotary.rotation(positions, None, torch.float32)
-    torch.testing.assert_close(mixed.cos_T1E[0], unscaled.cos_T1E[0])
+    torch.testing.assert_close(mixed.cos_TE[0], unscaled.cos_TE[0])
 
 
 def test_angles_stay_float32_on_the_meta_device_and_in_bfloat16() -> None:
@@ -121,5 +124,5 @@ def test_angles_stay_float32_on_the_meta_device_and_in_bfloat16() -> None:
     with torch.device("meta"):
         built_on_meta = RotaryEmbedding(spec.rope, spec.head_dim)
     rotation = built_on_meta.rotation(positions, None, torch.bfloat16)
-    assert rotation.cos_T1E.device.type == "cpu"
-    torch.testing.assert_close(rotation.cos_T1E, expected.cos_T1E.bfloat16(), rtol=0, atol=0)
+    assert rotation.cos_TE.device.type == "cpu"
+    torch.testing.assert_close(rotation.cos_TE, expected.cos_TE.bfloat16(), rtol=0, atol=0)
