@@ -1,5 +1,7 @@
 """The engine offline against transformers' own generate, under every way in which a step can be cut."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,3 +172,18 @@ def test_a_long_context_past_one_block_table(tiny_model):
         output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))[0].outputs[0]
         assert len(output.token_ids) == 10
         assert output.finish_reason is FinishReason.LENGTH
+
+
+def test_runs_without_ray_and_without_the_wire_formats(tiny_model):
+    script = (
+        "import sys\n"
+        "for name in ('ray', 'fastapi', 'pydantic', 'grpc', 'triton'): sys.modules[name] = None\n"
+        "from rayllm import LLM, SamplingParams\n"
+        "with LLM(sys.argv[1]) as llm:\n"
+        "    print(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_model)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(",") == 2
