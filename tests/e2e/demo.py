@@ -59,9 +59,10 @@ def ask_grpc(port: int) -> tuple[str, list[int]]:
 
 
 @contextmanager
-def server(http_port: int, grpc_port: int) -> Iterator[None]:
+def server(http_port: int, grpc_port: int, *options: str) -> Iterator[None]:
     command = [str(Path(sys.executable).with_name("rayllm")), "serve", MODEL]
-    process = subprocess.Popen([*command, "--http-port", str(http_port), "--grpc-port", str(grpc_port)])
+    ports = ["--http-port", str(http_port), "--grpc-port", str(grpc_port)]
+    process = subprocess.Popen([*command, *ports, *options])
     try:
         wait_until_healthy(process, f"http://localhost:{http_port}/health")
         yield

@@ -6,14 +6,17 @@ The short form (4 prompts, 24 tokens) runs in `make test`, the whole one (16 pro
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayllm.client import Client
 from rayllm.core.config import CacheConfig, SchedulerConfig
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
 from rayllm.models.hub import resolve_model
+from tests.e2e.demo import MODEL, free_ports, server
 
 TEXTS = [
     "The capital of France is",
@@ -108,6 +111,28 @@ def test_preemption(smollm2):
 def test_parallel(smollm2, tp, pp):
     with LLM(str(smollm2.directory), dtype="float32", tensor_parallel_size=tp, pipeline_parallel_size=pp) as llm:
         assert answers(llm, smollm2) == smollm2.answers
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_over_http_and_grpc(smollm2):
+    http_port, grpc_port = free_ports(2)
+    with (
+        server(http_port, grpc_port, "--dtype", "float32"),
+        openai.OpenAI(base_url=f"http://localhost:{http_port}/v1", api_key="none", max_retries=0) as http,
+        Client(f"localhost:{grpc_port}", timeout_s=300) as grpc,
+    ):
+        batch = http.completions.create(
+            model=MODEL,
+            prompt=smollm2.prompts,
+            temperature=0,
+            max_tokens=smollm2.params.max_tokens,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        assert [choice.model_extra["token_ids"] for choice in batch.choices] == smollm2.answers
+        for prompt, answer in zip(smollm2.prompts, smollm2.answers, strict=True):
+            chunks = grpc.stream(prompt, smollm2.params)
+            assert [token_id for chunk in chunks for token_id in chunk.token_ids] == answer
 
 
 @pytest.mark.slow
