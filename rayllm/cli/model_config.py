@@ -14,7 +14,12 @@ def read_spec(model: str) -> DecoderSpec:
 
     Raises CheckpointError for a config.json that cannot be read, ConfigError for one that is not supported.
     """
-    path = (EMBEDDED[model].directory if model in EMBEDDED else Path(model)) / "config.json"
+    directory = EMBEDDED[model].directory if model in EMBEDDED else Path(model)
+    if not directory.is_dir():
+        fetchable = directory.is_file() or model in EMBEDDED or not model.startswith(("/", ".", "~"))
+        hint = f"; get it with `rayllm models fetch {model}`" if fetchable else ""
+        raise CheckpointError(model, f"is not a directory here{hint}")
+    path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

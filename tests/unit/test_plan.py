@@ -108,6 +108,11 @@ def test_activations_follow_the_formula():
 
 def test_spec_of_a_directory(tiny_model: Path, make_tiny_model: Callable[..., Path], tmp_path: Path):
     assert read_spec(str(tiny_model)).num_layers == 3
+    missing = str(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=rf"^{missing}: is not a directory here$"):
+        read_spec(missing)
+    with pytest.raises(CheckpointError, match=r"^org/name: .*; get it with `rayllm models fetch org/name`$"):
+        read_spec("org/name")
     with pytest.raises(CheckpointError, match=r"config\.json: No such file"):
         read_spec(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
