@@ -126,6 +126,8 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequestError("prompts", f"must be a string or a list, not {type(prompts).__name__}")
     if prompts and all(isinstance(item, int) for item in prompts):
         return [cast("list[int]", list(prompts))]
     for prompt in prompts:

@@ -157,6 +157,12 @@ def test_stop_token_and_stop_string(llm, prompts, expected):
     assert output.stop_reason == stop_string
 
 
+@pytest.mark.parametrize("bad", [5, None, {1, 2}])
+def test_prompts_of_a_wrong_type_are_refused(llm, bad):
+    with pytest.raises(InvalidRequestError, match=r"^prompts: must be a string or a list"):
+        llm.generate(bad)
+
+
 def test_bad_prompts_are_refused_before_any_is_run(llm, prompts):
     for bad, field in [([], "prompt"), ([-1], "prompt"), ([10**6], "prompt"), ([1] * 600, "prompt")]:
         with pytest.raises(InvalidRequestError, match=field):
