@@ -6,6 +6,9 @@ Run-time facts (the number of blocks, the end-of-sequence ids) are returned by t
 from dataclasses import dataclass, field
 
 from rayllm.core.errors import ConfigError
+from rayllm.core.types import MAX_TOKENS
+
+MAX_NUM_SEQS = 1 << 16  # each has its row of the block table, full or not
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,6 +27,8 @@ class ModelConfig:
             raise ConfigError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len: {self.max_model_len} is less than 2")
+        if self.max_model_len is not None and self.max_model_len > MAX_TOKENS:
+            raise ConfigError(f"max_model_len: {self.max_model_len} is more than {MAX_TOKENS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +88,8 @@ class SchedulerConfig:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_waiting_requests", "max_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+        if self.max_num_seqs > MAX_NUM_SEQS:
+            raise ConfigError(f"max_num_seqs: {self.max_num_seqs} is more than {MAX_NUM_SEQS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
