@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rayllm.core.config import EngineConfig
+from rayllm.core.errors import ConfigError
 from rayllm.engine.kv_cache import KVCache, KVLayout, cache_dtype, num_blocks_that_fit
 from rayllm.engine.paged_context import PagedContext
 from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
@@ -70,8 +71,15 @@ class ModelRunner:
         )
 
     def init_cache(self, num_blocks: int) -> None:
-        """`num_blocks` is what every rank agreed on: the least that fits on any of them."""
-        self._cache = KVCache(self._layout, num_blocks)
+        """`num_blocks` is what every rank agreed on: the least that fits on any of them.
+
+        Raises ConfigError when the device has not that much memory.
+        """
+        try:
+            self._cache = KVCache(self._layout, num_blocks)
+        except RuntimeError as error:  # what torch raises for memory, on CPU and CUDA alike
+            size = num_blocks * self._layout.block_bytes
+            raise ConfigError(f"KV cache: {num_blocks} blocks are {size} bytes, which cannot be allocated") from error
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult | None:

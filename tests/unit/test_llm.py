@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayllm.core.config import CacheConfig, SchedulerConfig
-from rayllm.core.errors import InvalidRequestError
+from rayllm.core.errors import ConfigError, InvalidRequestError
 from rayllm.core.types import FinishReason, SamplingParams
 from rayllm.engine.llm import LLM
 
@@ -155,6 +155,11 @@ def test_stop_token_and_stop_string(llm, prompts, expected):
     output = llm.generate(prompts[2], SamplingParams(temperature=0, max_tokens=24, stop=(stop_string,)))[0].outputs[0]
     assert output.text == text[: text.index(stop_string)]
     assert output.stop_reason == stop_string
+
+
+def test_a_cache_larger_than_memory_is_refused(tiny_model):
+    with pytest.raises(ConfigError, match=r"^KV cache: 1000000000000 blocks are \d+ bytes, which cannot be allocated$"):
+        LLM(str(tiny_model), cache=CacheConfig(num_blocks=10**12))
 
 
 @pytest.mark.parametrize("bad", [5, None, {1, 2}])
