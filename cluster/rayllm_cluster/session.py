@@ -2,8 +2,12 @@
 
 import logging
 import os
+import signal
 import socket
-from types import TracebackType
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Self
 
 from rayllm_cluster.errors import SessionError
@@ -39,11 +43,15 @@ class Session:
                 _check_reachable(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                _start_local(num_cpus)
+                with _signals_held():
+                    _start_local(num_cpus)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             ray.shutdown()
             where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
             raise SessionError(f"{where}: {str(error).splitlines()[0]}") from error
+        except BaseException:
+            ray.shutdown(wait_for_processes=True)
+            raise
         return cls(owned=True)
 
     def stop(self) -> None:
@@ -67,6 +75,28 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end: Ray, interrupted as it starts, forgets the processes it has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            if signal.getsignal(number) is hold:  # else Ray has set its own
+                signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _start_local(num_cpus: int | None) -> None:

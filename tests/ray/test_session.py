@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,36 @@ def test_no_process_is_left_after_a_signal(number: signal.Signals) -> None:
     assert wait_gone(shards if number is signal.SIGKILL else started, 10) == set()
     if number is signal.SIGINT:
         assert errors.splitlines()[-1] == "KeyboardInterrupt"
+
+
+STARTING = "from rayllm_cluster.session import Session\nprint('x', flush=True)\nSession.start()\nprint('y', flush=True)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_process_is_left_after_a_signal_while_ray_starts(number: signal.Signals) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", STARTING],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "x\n"
+    started: set[int] = set()
+    while len(started) < 2:  # Ray is in the middle of it
+        assert driver.poll() is None
+        started |= descendants(driver.pid)
+        time.sleep(0.01)
+    driver.send_signal(number)
+    while driver.poll() is None:
+        started |= descendants(driver.pid)
+        time.sleep(0.01)
+    assert driver.stdout.read() == ""
+    driver.communicate()
+    assert driver.returncode != 0
+    assert wait_gone(started, 10) == set()
 
 
 RAY_IS_SHUT_DOWN = textwrap.dedent("""
