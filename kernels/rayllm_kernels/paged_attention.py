@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from rayllm_kernels.native import Kernel, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
+    F32x16,
     add,
     broadcast,
     exp,
@@ -90,42 +91,58 @@ _TILE = 64  # keys per softmax update; a multiple of the lanes
 
 
 @inlined
-def _dot(a: int, b: int, length: int) -> float:
-    """Scalar product of two float32 arrays whose `length` is a multiple of 16."""
+def _load(address: int, is_bf16: int) -> F32x16:
+    """LANES values of either dtype, as float32."""
+    return load_bf16(address) if is_bf16 else load(address)  # type: ignore[no-any-return]
+
+
+@inlined
+def _dot(a: int, b: int, length: int, b_is_bf16: int) -> float:
+    """Scalar product of a float32 array and one of either dtype whose `length` is a multiple of 16."""
     s0 = s1 = s2 = s3 = broadcast(np.float32(0.0))
-    whole = length // 64 * 64
-    for i in range(0, whole * 4, 256):
-        s0 = fma(load(a + i), load(b + i), s0)
-        s1 = fma(load(a + i + 64), load(b + i + 64), s1)
-        s2 = fma(load(a + i + 128), load(b + i + 128), s2)
-        s3 = fma(load(a + i + 192), load(b + i + 192), s3)
-    for i in range(whole * 4, length * 4, 64):
-        s0 = fma(load(a + i), load(b + i), s0)
+    whole, item = length // 64 * 64, 2 if b_is_bf16 else 4
+    for i in range(0, whole, 64):
+        x, y = a + 4 * i, b + item * i
+        s0 = fma(load(x), _load(y, b_is_bf16), s0)
+        s1 = fma(load(x + 64), _load(y + 16 * item, b_is_bf16), s1)
+        s2 = fma(load(x + 128), _load(y + 32 * item, b_is_bf16), s2)
+        s3 = fma(load(x + 192), _load(y + 48 * item, b_is_bf16), s3)
+    for i in range(whole, length, LANES):
+        s0 = fma(load(a + 4 * i), _load(b + item * i, b_is_bf16), s0)
     return sum_lanes(add(add(s0, s1), add(s2, s3)))  # type: ignore[no-any-return]
 
 
 @inlined
-def _accumulate(acc: int, decay: float, weights: int, addresses: int, shift: int, keys: int, length: int) -> None:
-    """acc[0:length] = acc * decay + sum over j < keys of weights[j] * (float32 array at addresses[j] + shift)."""
-    whole = length // 64 * 64
+def _accumulate(
+    acc: int, decay: float, weights: int, addresses: int, shift: int, keys: int, length: int, is_bf16: int
+) -> None:
+    """acc[0:length] = acc * decay + sum over j < keys of weights[j] * (array at addresses[j] + shift).
+
+    acc and weights are float32, the arrays bfloat16 or float32.
+    """
+    whole, item = length // 64 * 64, 2 if is_bf16 else 4
     scale = broadcast(np.float32(decay))
-    for i in range(0, whole * 4, 256):
-        s0, s1 = mul(load(acc + i), scale), mul(load(acc + i + 64), scale)
-        s2, s3 = mul(load(acc + i + 128), scale), mul(load(acc + i + 192), scale)
+    for i in range(0, whole, 64):
+        target = acc + 4 * i
+        s0, s1 = mul(load(target), scale), mul(load(target + 64), scale)
+        s2, s3 = mul(load(target + 128), scale), mul(load(target + 192), scale)
         for j in range(keys):
             weight = broadcast(load_f32(weights + 4 * j))
-            value = load_i64(addresses + 8 * j) + shift + i
-            s0, s1 = fma(weight, load(value), s0), fma(weight, load(value + 64), s1)
-            s2, s3 = fma(weight, load(value + 128), s2), fma(weight, load(value + 192), s3)
-        store(acc + i, s0)
-        store(acc + i + 64, s1)
-        store(acc + i + 128, s2)
-        store(acc + i + 192, s3)
-    for i in range(whole * 4, length * 4, 64):
-        s0 = mul(load(acc + i), scale)
+            value = load_i64(addresses + 8 * j) + shift + item * i
+            s0 = fma(weight, _load(value, is_bf16), s0)
+            s1 = fma(weight, _load(value + 16 * item, is_bf16), s1)
+            s2 = fma(weight, _load(value + 32 * item, is_bf16), s2)
+            s3 = fma(weight, _load(value + 48 * item, is_bf16), s3)
+        store(target, s0)
+        store(target + 64, s1)
+        store(target + 128, s2)
+        store(target + 192, s3)
+    for i in range(whole, length, LANES):
+        s0 = mul(load(acc + 4 * i), scale)
         for j in range(keys):
-            s0 = fma(broadcast(load_f32(weights + 4 * j)), load(load_i64(addresses + 8 * j) + shift + i), s0)
-        store(acc + i, s0)
+            value = load_i64(addresses + 8 * j) + shift + item * i
+            s0 = fma(broadcast(load_f32(weights + 4 * j)), _load(value, is_bf16), s0)
+        store(acc + 4 * i, s0)
 
 
 @inlined
@@ -148,8 +165,7 @@ def _load_scaled(source: int, target: int, length: int, scale: float, is_bf16: i
     """target[0:length] = source * scale, as float32."""
     factor = broadcast(np.float32(scale))
     for i in range(0, length, LANES):
-        values = load_bf16(source + 2 * i) if is_bf16 else load(source + 4 * i)
-        store(target + 4 * i, mul(values, factor))
+        store(target + 4 * i, mul(_load(source + (2 if is_bf16 else 4) * i, is_bf16), factor))
 
 
 @inlined
@@ -190,8 +206,9 @@ def _attend_pages(block: int) -> None:
     heads, kv_heads, head_dim, page = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
     table_stride, token_stride, head_stride = integer(block, 12), integer(block, 13), integer(block, 14)
     is_bf16, window, longest = integer(block, 15), integer(block, 16), integer(block, 17)
-    scale = real(block, 18)
+    cache_is_bf16, scale = integer(block, 18), real(block, 19)
     group, head_bytes, item = heads // kv_heads, 4 * head_dim, 2 if is_bf16 else 4
+    page_head_bytes = (2 if cache_is_bf16 else 4) * head_dim
     floats, integers = np.empty(group * (2 * head_dim + _TILE + 2), np.float32), np.empty(_TILE, np.int64)
     queries, addresses = floats.ctypes.data, integers.ctypes.data
     acc = queries + group * head_bytes
@@ -219,14 +236,14 @@ def _attend_pages(block: int) -> None:
         table = tables + 4 * load_i32(rows + 4 * b) * table_stride
         while first < end:
             keys = min(_TILE, end - first)
-            pitch, shift = kv_heads * head_bytes, kv_head * head_bytes
-            _locate(table, first, keys, page, pitch, shift, k_cache, head_bytes, addresses)
+            pitch, shift = kv_heads * page_head_bytes, kv_head * page_head_bytes
+            _locate(table, first, keys, page, pitch, shift, k_cache, page_head_bytes, addresses)
             for j in range(keys):
                 offset = load_i64(addresses + 8 * j)
-                for i in range(0, head_bytes, 64):
+                for i in range(0, page_head_bytes, 64):
                     prefetch(v_cache + offset + i)
                 for g in range(group):
-                    score = _dot(queries + g * head_bytes, k_cache + offset, head_dim)
+                    score = _dot(queries + g * head_bytes, k_cache + offset, head_dim, cache_is_bf16)
                     store_f32(scores + 4 * (g * _TILE + j), score)
             for g in range(group):
                 old, weights = load_f32(highest + 4 * g), scores + 4 * g * _TILE
@@ -234,7 +251,7 @@ def _attend_pages(block: int) -> None:
                 decay = math.exp(old - new)
                 store_f32(highest + 4 * g, new)
                 store_f32(totals + 4 * g, np.float32(load_f32(totals + 4 * g) * decay + total))
-                _accumulate(acc + g * head_bytes, decay, weights, addresses, v_cache, keys, head_dim)
+                _accumulate(acc + g * head_bytes, decay, weights, addresses, v_cache, keys, head_dim, cache_is_bf16)
             first += keys
         for g in range(group):
             total = load_f32(totals + 4 * g)
@@ -244,7 +261,7 @@ def _attend_pages(block: int) -> None:
     floats[0] = integers[0] = 0  # numba frees an array after its last use, and addresses are no use
 
 
-_attend_pages_kernel = Kernel(_attend_pages, integers=18, reals=1)
+_attend_pages_kernel = Kernel(_attend_pages, integers=19, reals=1)
 
 
 def _attend_gathered(q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, window: int | None) -> Tensor:
@@ -270,7 +287,8 @@ def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, ta
     return (
         q.is_cpu
         and (q.dtype == torch.bfloat16 or q.dtype == torch.float32)
-        and k_cache.dtype == v_cache.dtype == torch.float32
+        and (k_cache.dtype == torch.bfloat16 or k_cache.dtype == torch.float32)
+        and k_cache.dtype == v_cache.dtype
         and q.shape[2] % LANES == 0
         and q.stride(2) == 1
         and out.is_contiguous()
@@ -324,6 +342,7 @@ def paged_attention(
             q_THE.dtype == torch.bfloat16,
             window or 0,
             longest,
+            k_cache_NPKE.dtype == torch.bfloat16,
             scale,
         )
         if decode_only:
@@ -340,6 +359,7 @@ def paged_attention(
             continue
         first = 0 if window is None else max(0, context - length - window + 1)
         blocks_M = block_tables_RM[int(rows_B[b])].long()
-        k_SKE, v_SKE = (_gather(cache, blocks_M, first, context) for cache in (k_cache_NPKE, v_cache_NPKE))
+        wide = torch.promote_types(k_cache_NPKE.dtype, torch.float32) if q_THE.is_cpu else k_cache_NPKE.dtype
+        k_SKE, v_SKE = (_gather(cache, blocks_M, first, context).to(wide) for cache in (k_cache_NPKE, v_cache_NPKE))
         out_THE[queries] = _attend_gathered(q_THE[queries], k_SKE, v_SKE, scale, window).to(q_THE.dtype)
     return out_THE

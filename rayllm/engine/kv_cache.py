@@ -30,8 +30,8 @@ class KVLayout:
 
 
 def cache_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """float32 on CPU: attention over 16-bit pages is several times slower there than over float32 ones."""
-    return torch.float32 if device.type == "cpu" else model_dtype
+    """The model's dtype, but for float16 on CPU: the compiled attention there reads float32 and bfloat16 pages only."""
+    return torch.float32 if device.type == "cpu" and model_dtype == torch.float16 else model_dtype
 
 
 def num_blocks_that_fit(layout: KVLayout, config: CacheConfig) -> int:

@@ -106,16 +106,19 @@ MIXED = [(1, 160), (1, 1), (5, 5), (3, 40), (1, 17), (33, 70)]
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 1000])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_sequences(dtype: torch.dtype, window: int | None) -> None:
-    check(make_case(MIXED, dtype=dtype, window=window))
+def test_mixed_sequences(dtype: torch.dtype, cache_dtype: torch.dtype, window: int | None) -> None:
+    check(make_case(MIXED, dtype=dtype, cache_dtype=cache_dtype, window=window))
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 20])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (8, 1), (5, 1)])
-def test_head_layouts(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    check(make_case([(1, 37), (4, 21)], heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
+def test_head_layouts(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    check(make_case([(1, 37), (4, 21)], **shape, dtype=dtype, cache_dtype=cache_dtype))
 
 
 @pytest.mark.parametrize("page", [1, 7, 16, 32])
@@ -159,8 +162,9 @@ def test_alone_and_in_a_batch_are_bitwise_equal() -> None:
         assert torch.equal(paged_attention(case.q_THE[b : b + 1], *case.caches, **alone)[0], together[b])
 
 
-def test_the_kernel_and_the_gathering_path_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(MIXED, heads=9, kv_heads=3, window=50)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_and_the_gathering_path_agree(monkeypatch: pytest.MonkeyPatch, cache_dtype: torch.dtype) -> None:
+    case = make_case(MIXED, heads=9, kv_heads=3, window=50, cache_dtype=cache_dtype)
     check(case)
     monkeypatch.setattr(sys.modules["rayllm_kernels.paged_attention"], "_pages_in_place", lambda *_: False)
     check(case)
@@ -191,15 +195,19 @@ def test_reference_in_float64(lengths: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [20, 24])  # 2 heads of 24: whole vectors, which the kernel takes
 @pytest.mark.parametrize("tokens", [0, 1, 5, 40])
-def test_store_kv_touches_its_slots_only(tokens: int, dtype: torch.dtype) -> None:
-    caches = tuple(torch.full((9, 7, 2, 20), torch.nan) for _ in range(2))
-    k, v = (torch.randn(tokens, 2, 20).to(dtype) for _ in range(2))
+def test_store_kv_touches_its_slots_only(
+    tokens: int, head_dim: int, cache_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    caches = tuple(torch.full((9, 7, 2, head_dim), torch.nan, dtype=cache_dtype) for _ in range(2))
+    k, v = (torch.randn(tokens, 2, head_dim).to(dtype) for _ in range(2))
     slots = torch.randperm(63)[:tokens]
     store_kv(k, v, *caches, slots)
     for cache, stored in zip(caches, (k, v), strict=True):
         flat = cache.flatten(0, 1)
-        assert torch.equal(flat[slots], stored.float())
+        assert torch.equal(flat[slots], stored.to(cache_dtype))
         untouched = torch.ones(63, dtype=torch.bool)
         untouched[slots] = False
         assert flat[untouched].isnan().all()
