@@ -20,3 +20,8 @@ def test_importing_it_imports_nothing_heavy():
     script = "import sys, rayllm; print({'torch', 'ray', 'transformers'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_it_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "rayllm", "--help"], capture_output=True, text=True, check=True)
+    assert "serve" in result.stdout
