@@ -6,7 +6,6 @@ is gone.
 """
 
 import asyncio
-import heapq
 import logging
 import threading
 import time
@@ -95,7 +94,6 @@ class AsyncEngine:
         self._engine = parts.engine
         self._processor = OutputProcessor(parts.tokenizer)
         self._streams: dict[str, _Stream] = {}
-        self._deadlines: list[tuple[float, str]] = []
         self._stall_timeout_s = stall_timeout_s
         self._changed = threading.Condition(self._engine.lock)
         self._draining = False
@@ -193,8 +191,6 @@ class AsyncEngine:
             self._processor.add(request)
             self._streams[request.request_id] = stream
             self._prompt_tokens += len(request.prompt_token_ids)
-            if request.deadline is not None:
-                heapq.heappush(self._deadlines, (request.deadline, request.request_id))
             self._changed.notify_all()
 
     def _end(self, request_id: str, error: RayLLMError | None = None) -> bool:
@@ -241,11 +237,13 @@ class AsyncEngine:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
-            stream = self._streams.get(request_id)
-            if stream is not None and stream.deadline == deadline:
-                self._end(request_id, DeadlineExceededError("the deadline passed before the answer was complete"))
+        late = [
+            request_id
+            for request_id, stream in self._streams.items()
+            if stream.deadline is not None and stream.deadline <= now
+        ]
+        for request_id in late:
+            self._end(request_id, DeadlineExceededError("the deadline passed before the answer was complete"))
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         if not outputs:
