@@ -7,7 +7,7 @@ Computes no angles.
 import torch
 from torch import Tensor
 
-from rayllm_kernels.native import Kernel, integer, next_task
+from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import LANES, add, inlined, load, load_bf16, mul, round_bf16, store, store_bf16, sub
 
 
@@ -66,8 +66,8 @@ def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -
     """-> rotated q and k, contiguous. `cos_TE` and `sin_TE` repeat the angles in both halves; the second is read."""
     if not (takes_heads(q_THE, cos_TE, sin_TE) and takes_heads(k_TKE, cos_TE, sin_TE)):
         return apply_rotary_reference(q_THE, k_TKE, cos_TE, sin_TE)
-    q_out = q_THE.new_empty(q_THE.shape)
-    k_out = k_TKE.new_empty(k_TKE.shape)
+    q_out = empty(q_THE.shape, q_THE)
+    k_out = empty(k_TKE.shape, k_TKE)
     _rotate_heads_kernel(
         q_THE.shape[0],
         q_THE.data_ptr(),

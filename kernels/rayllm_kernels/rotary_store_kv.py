@@ -7,7 +7,7 @@ feel the second start of a kernel in every layer.
 import torch
 from torch import Tensor
 
-from rayllm_kernels.native import Kernel, integer, next_task
+from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.rotary import apply_rotary, rotate_head, takes_heads
 from rayllm_kernels.simd import LANES, load, load_i64, store
 from rayllm_kernels.store_kv import store_kv, takes_pages
@@ -74,7 +74,7 @@ def rotary_store_kv(
         )
     tokens, heads, head_dim = q_THE.shape
     item = q_THE.element_size()
-    q_out = q_THE.new_empty(q_THE.shape)
+    q_out = empty(q_THE.shape, q_THE)
     _rotate_and_store_kernel(
         tokens,
         q_THE.data_ptr(),

@@ -51,8 +51,10 @@ def make_norm(spec: DecoderSpec) -> nn.Module:
     return RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
-def add_norm(norm: nn.Module, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (norm(residual + x), residual + x); in one pass where the norm is an `RMSNorm`."""
+def add_norm(norm: nn.Module, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> (norm(residual + x), residual + x). `residual` None: zero."""
+    if residual_TD is None:
+        return norm(x_TD), x_TD
     if isinstance(norm, RMSNorm):
         return add_rms_norm(x_TD, residual_TD, norm.weight, norm.eps)
     summed_TD = residual_TD + x_TD
@@ -132,8 +134,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(spec)
         self.mlp: nn.Module = GatedMlp(spec) if spec.gated_mlp else Mlp(spec)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation | None, context: ForwardContext) -> Tensor:
-        attended_TD = self.self_attn(self.input_layernorm(x_TD), rotation, context)
-        normed_TD, x_TD = add_norm(self.post_attention_layernorm, attended_TD, x_TD)
-        output: Tensor = x_TD + self.mlp(normed_TD)
-        return output
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, rotation: Rotation | None, context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream is `residual + x`, so that each sum is taken together with the norm that follows it."""
+        x_TD, residual_TD = add_norm(self.input_layernorm, x_TD, residual_TD)
+        x_TD = self.self_attn(x_TD, rotation, context)
+        x_TD, residual_TD = add_norm(self.post_attention_layernorm, x_TD, residual_TD)
+        return self.mlp(x_TD), residual_TD

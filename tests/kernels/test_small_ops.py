@@ -64,6 +64,18 @@ def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 4), (7, 3), (9, 1)])
+def test_rms_norm_of_heads_within_a_fused_product(tokens: int, heads: int, dtype: torch.dtype) -> None:
+    qkv, weight = randn(tokens, heads + 2, 32, dtype=dtype, scale=3.0), randn(32, dtype=dtype)
+    part = qkv[:, 1 : 1 + heads]
+    result = rms_norm(part, weight, 1e-5)
+    assert result.is_contiguous()
+    assert torch.equal(result, rms_norm(part.contiguous(), weight, 1e-5))
+    assert_near(result, rms_norm_reference(part, weight, 1e-5))
+
+
+@torch.inference_mode()
 def test_rms_norm_of_zeros_and_of_large_values() -> None:
     weight = torch.ones(64)
     assert torch.equal(rms_norm(torch.zeros(2, 64), weight, 1e-5), torch.zeros(2, 64))
