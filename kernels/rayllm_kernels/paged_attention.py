@@ -7,6 +7,9 @@ context and table entries past the last block are never read, so they may hold a
 
 `window` w: a token sees itself and the w - 1 tokens before it. Query head h reads kv head `h // (H // K)`. A query that
 sees no key gives zeros.
+
+Caches of int8 hold value * scale, with a float32 scale for each token and head at the same slot of `k_scales_NPK` and
+`v_scales_NPK`, as `store_kv` writes them.
 """
 
 import math
@@ -42,12 +45,18 @@ from rayllm_kernels.simd import (
 )
 
 
-def _gather(cache_NPKE: Tensor, blocks_M: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens `start` to `stop` of the sequence that owns `blocks_M` -> [stop - start, K, E]."""
+def _gather(
+    cache_NPKE: Tensor, scales_NPK: Tensor | None, blocks_M: Tensor, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Tokens `start` to `stop` of the sequence that owns `blocks_M` -> [stop - start, K, E] in `dtype`."""
     page = cache_NPKE.shape[1]
     first = start // page
-    tokens = cache_NPKE[blocks_M[first : -(-stop // page)]].flatten(0, 1)
-    return tokens[start - first * page : stop - first * page]
+    blocks = blocks_M[first : -(-stop // page)]
+    tokens = slice(start - first * page, stop - first * page)
+    values_SKE = cache_NPKE[blocks].flatten(0, 1)[tokens].to(dtype)
+    return (
+        values_SKE if scales_NPK is None else values_SKE * scales_NPK[blocks].flatten(0, 1)[tokens, :, None].to(dtype)
+    )
 
 
 def paged_attention_reference(
@@ -61,6 +70,8 @@ def paged_attention_reference(
     context_lens_B: Tensor,
     scale: float,
     window: int | None,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
 ) -> Tensor:
     """The contract of `paged_attention` in plain torch, in the wider of q's and the cache's dtype, on any device."""
     dtype = torch.promote_types(torch.promote_types(q_THE.dtype, k_cache_NPKE.dtype), torch.float32)
@@ -73,8 +84,8 @@ def paged_attention_reference(
         if length == 0 or context == 0:
             continue
         k_SHE, v_SHE = (
-            _gather(cache, block_tables_RM[row].long(), 0, context).to(dtype).repeat_interleave(group, dim=1)
-            for cache in (k_cache_NPKE, v_cache_NPKE)
+            _gather(cache, scales, block_tables_RM[row].long(), 0, context, dtype).repeat_interleave(group, dim=1)
+            for cache, scales in ((k_cache_NPKE, k_scales_NPK), (v_cache_NPKE, v_scales_NPK))
         )
         scores = torch.einsum("qhe,she->hqs", q_THE[queries].to(dtype), k_SHE) * scale
         at = torch.arange(context - length, context, device=q_THE.device)[:, None]
@@ -311,10 +322,20 @@ def paged_attention(
     context_lens_B: Tensor,
     scale: float,
     window: int | None,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend as the module says; `out` (shape and dtype of q) is filled and returned when given."""
     out_THE = empty(q_THE.shape, q_THE) if out is None else out
+    if q_THE.is_cuda and not torch.is_grad_enabled():
+        from rayllm_kernels.gpu import paged_attention as gpu
+
+        if gpu.supports(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM):
+            lengths = (rows_B, query_start_B1, context_lens_B)
+            caches = (k_cache_NPKE, v_cache_NPKE, k_scales_NPK, v_scales_NPK)
+            gpu.paged_attention(q_THE, *caches, block_tables_RM, *lengths, scale, window, out_THE)
+            return out_THE
     sequences, longest = rows_B.shape[0], 0
     if _pages_in_place(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM) and all(
         x.dtype == torch.int32 and x.is_contiguous() for x in (rows_B, query_start_B1, context_lens_B)
@@ -359,7 +380,12 @@ def paged_attention(
             continue
         first = 0 if window is None else max(0, context - length - window + 1)
         blocks_M = block_tables_RM[int(rows_B[b])].long()
-        wide = torch.promote_types(k_cache_NPKE.dtype, torch.float32) if q_THE.is_cpu else k_cache_NPKE.dtype
-        k_SKE, v_SKE = (_gather(cache, blocks_M, first, context).to(wide) for cache in (k_cache_NPKE, v_cache_NPKE))
+        wide = q_THE.dtype if k_cache_NPKE.dtype == torch.int8 else k_cache_NPKE.dtype
+        if q_THE.is_cpu:
+            wide = torch.promote_types(wide, torch.float32)
+        k_SKE, v_SKE = (
+            _gather(cache, scales, blocks_M, first, context, wide)
+            for cache, scales in ((k_cache_NPKE, k_scales_NPK), (v_cache_NPKE, v_scales_NPK))
+        )
         out_THE[queries] = _attend_gathered(q_THE[queries], k_SKE, v_SKE, scale, window).to(q_THE.dtype)
     return out_THE

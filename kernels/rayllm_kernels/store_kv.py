@@ -1,6 +1,9 @@
 """Write this step's keys and values into their slots of the paged cache.
 
 Knows nothing of sequences: a slot is `block * P + offset`, chosen by the caller. Slots of one call are distinct.
+
+Caches of int8 hold each token's head in steps of its own: value * scale, where the scale, float32, is a 127th of the
+largest magnitude of the head and lies at the same slot of `k_scales_NPK` or `v_scales_NPK`.
 """
 
 import torch
@@ -10,13 +13,30 @@ from rayllm_kernels.native import Kernel, integer, next_task
 from rayllm_kernels.simd import LANES, load, load_bf16, load_i64, store, store_bf16
 
 
+def quantize_heads(x_TKE: Tensor) -> tuple[Tensor, Tensor]:
+    """-> int8 values, ties rounded to even, and the scales [T, K]. A head of zeros has the scale 0."""
+    x_TKE = x_TKE.float()
+    scales_TK = x_TKE.abs().amax(-1) / 127
+    steps_TK = torch.where(scales_TK > 0, scales_TK, 1.0)
+    return (x_TKE / steps_TK[..., None]).round().to(torch.int8), scales_TK
+
+
 def store_kv_reference(
-    k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: Tensor, slot_mapping_T: Tensor
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    k_cache_NPKE: Tensor,
+    v_cache_NPKE: Tensor,
+    slot_mapping_T: Tensor,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
 ) -> None:
     """The contract of `store_kv` in plain torch, on any device."""
     slots = slot_mapping_T.long()
-    k_cache_NPKE.flatten(0, 1)[slots] = k_TKE.to(k_cache_NPKE.dtype)
-    v_cache_NPKE.flatten(0, 1)[slots] = v_TKE.to(v_cache_NPKE.dtype)
+    for x, cache, scales in ((k_TKE, k_cache_NPKE, k_scales_NPK), (v_TKE, v_cache_NPKE, v_scales_NPK)):
+        if scales is None:
+            cache.flatten(0, 1)[slots] = x.to(cache.dtype)
+        else:
+            cache.flatten(0, 1)[slots], scales.flatten(0, 1)[slots] = quantize_heads(x)
 
 
 def _store_tokens(block: int) -> None:
@@ -43,10 +63,27 @@ def _store_tokens(block: int) -> None:
 _store_tokens_kernel = Kernel(_store_tokens, integers=10, parallel_from=16)
 
 
-def store_kv(k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: Tensor, slot_mapping_T: Tensor) -> None:
-    """Store row t of `k_TKE` and `v_TKE` at slot `slot_mapping_T[t]`, converted to the caches' dtype."""
+def store_kv(
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    k_cache_NPKE: Tensor,
+    v_cache_NPKE: Tensor,
+    slot_mapping_T: Tensor,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
+) -> None:
+    """Store row t of `k_TKE` and `v_TKE` at slot `slot_mapping_T[t]`, converted to the caches' dtype.
+
+    The scales are given where that is int8, and only there.
+    """
+    if k_TKE.is_cuda and not torch.is_grad_enabled():
+        from rayllm_kernels.gpu import store_kv as gpu
+
+        if gpu.supports(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
+            gpu.store_kv(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T, k_scales_NPK, v_scales_NPK)
+            return
     if not takes_pages(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
-        store_kv_reference(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
+        store_kv_reference(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T, k_scales_NPK, v_scales_NPK)
         return
     _store_tokens_kernel(
         2 * k_TKE.shape[0],
