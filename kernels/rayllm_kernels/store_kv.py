@@ -6,11 +6,26 @@ Caches of int8 hold each token's head in steps of its own: value * scale, where 
 largest magnitude of the head and lies at the same slot of `k_scales_NPK` or `v_scales_NPK`.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rayllm_kernels.native import Kernel, integer, next_task
-from rayllm_kernels.simd import LANES, load, load_bf16, load_i64, store, store_bf16
+from rayllm_kernels.simd import (
+    LANES,
+    broadcast,
+    div,
+    load,
+    load_bf16,
+    load_i64,
+    max_abs,
+    max_abs_lanes,
+    rint,
+    store,
+    store_bf16,
+    store_f32,
+    store_i8,
+)
 
 
 def quantize_heads(x_TKE: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +78,36 @@ def _store_tokens(block: int) -> None:
 _store_tokens_kernel = Kernel(_store_tokens, integers=10, parallel_from=16)
 
 
+def _quantize_tokens(block: int) -> None:
+    """Kernel: task = (cache, token), head by head: the largest magnitude, then the steps."""
+    sources = integer(block, 0), integer(block, 1)
+    caches = integer(block, 2), integer(block, 3)
+    scales = integer(block, 4), integer(block, 5)
+    pitches = integer(block, 6), integer(block, 7)  # elements from one token to the next
+    slots, kv_heads, head_dim, is_bf16 = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
+    item = 2 if is_bf16 else 4
+    task = next_task(block)
+    while task >= 0:
+        which, token = task % 2, task // 2
+        source = sources[which] + item * token * pitches[which]
+        first = load_i64(slots + 8 * token) * kv_heads
+        for head in range(first, first + kv_heads):
+            largest = broadcast(np.float32(0.0))
+            for i in range(0, head_dim, LANES):
+                largest = max_abs(largest, load_bf16(source + 2 * i) if is_bf16 else load(source + 4 * i))
+            scale = np.float32(max_abs_lanes(largest) / np.float32(127.0))
+            store_f32(scales[which] + 4 * head, scale)
+            step = broadcast(scale if scale > 0 else np.float32(1.0))
+            for i in range(0, head_dim, LANES):
+                values = load_bf16(source + 2 * i) if is_bf16 else load(source + 4 * i)
+                store_i8(caches[which] + head * head_dim + i, rint(div(values, step)))
+            source += item * head_dim
+        task = next_task(block)
+
+
+_quantize_tokens_kernel = Kernel(_quantize_tokens, integers=12, parallel_from=16)
+
+
 def store_kv(
     k_TKE: Tensor,
     v_TKE: Tensor,
@@ -85,6 +130,23 @@ def store_kv(
     if not takes_pages(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
         store_kv_reference(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T, k_scales_NPK, v_scales_NPK)
         return
+    if k_scales_NPK is not None and v_scales_NPK is not None:
+        _quantize_tokens_kernel(
+            2 * k_TKE.shape[0],
+            k_TKE.data_ptr(),
+            v_TKE.data_ptr(),
+            k_cache_NPKE.data_ptr(),
+            v_cache_NPKE.data_ptr(),
+            k_scales_NPK.data_ptr(),
+            v_scales_NPK.data_ptr(),
+            k_TKE.stride(0),
+            v_TKE.stride(0),
+            slot_mapping_T.data_ptr(),
+            k_TKE.shape[1],
+            k_TKE.shape[2],
+            k_TKE.dtype == torch.bfloat16,
+        )
+        return
     _store_tokens_kernel(
         2 * k_TKE.shape[0],
         k_TKE.data_ptr(),
@@ -106,7 +168,11 @@ def takes_pages(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
         k.is_cpu
         and (k.dtype == torch.bfloat16 or k.dtype == torch.float32)
         and k.dtype == v.dtype
-        and (k_cache.dtype == torch.bfloat16 or k_cache.dtype == torch.float32)
+        and (
+            k_cache.dtype == torch.bfloat16
+            or k_cache.dtype == torch.float32
+            or (k_cache.dtype == torch.int8 and k.shape[2] % LANES == 0)
+        )
         and k_cache.dtype == v_cache.dtype
         and slots.dtype == torch.int64
         and (k.shape[1] * k.shape[2]) % LANES == 0
