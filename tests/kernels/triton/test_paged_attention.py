@@ -52,7 +52,7 @@ def attend(case: PagedCase, config: op.Config, *, processors: int) -> Tensor:
 
 
 @pytest.mark.parametrize("config", [DECODE, PREFILL], ids=["plain", "whole tiles"])
-@pytest.mark.parametrize("window", [None, 1, 7, 50, 1000])
+@pytest.mark.parametrize("window", [None, 1, 50])
 def test_mixed_sequences(window: int | None, config: op.Config) -> None:
     case = make_case(MIXED, window=window)
     case.check(attend(case, config, processors=16))
@@ -154,26 +154,26 @@ def _places_kernel(
 ) -> None:
     index = tl.program_id(0)
     found = find_work(
-        index, starts, contexts, num_sequences, window, max_items, BLOCK_Q, TILE, HAS_WINDOW, MIN_TILES, 8, ONLY_SPLIT
+        index, starts, contexts, num_sequences, window, max_items, BLOCK_Q, TILE, HAS_WINDOW, MIN_TILES, 4, ONLY_SPLIT
     )
     for i in tl.static_range(4):
         tl.store(places + index * 4 + i, found[i])
 
 
-@pytest.mark.parametrize("max_items", [1, 7, 40])
+@pytest.mark.parametrize("max_items", [5, 30])
 @pytest.mark.parametrize("min_tiles", [1, 3])
 @pytest.mark.parametrize("block_q", [1, 4])
 @pytest.mark.parametrize("seed", range(2))
 def test_work_is_shared_out_within_the_bounds(seed: int, block_q: int, min_tiles: int, max_items: int) -> None:
     """Against the rule written down in plain Python: everything once, nothing past the bounds, slots without gaps."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 9 if block_q > 1 else 2, (11,), generator=generator)
-    contexts = lengths + torch.randint(0, 120, (11,), generator=generator)
+    lengths = torch.randint(0, 9 if block_q > 1 else 2, (7,), generator=generator)
+    contexts = lengths + torch.randint(0, 70, (7,), generator=generator)
     starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     tile, window = 8, None if seed else 33
     bounds = Bounds(
         tokens=int(lengths.sum()),
-        sequences=11,
+        sequences=7,
         max_context=int(contexts.max()),
         block_q=block_q,
         tile=tile,
@@ -201,7 +201,7 @@ def test_work_is_shared_out_within_the_bounds(seed: int, block_q: int, min_tiles
             places,
             starts,
             contexts.int(),
-            11,
+            7,
             window or 0,
             max_items,
             block_q,
