@@ -22,10 +22,12 @@ def rotary_store_kv_reference(
     k_cache_NPKE: Tensor,
     v_cache_NPKE: Tensor,
     slot_mapping_T: Tensor,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
 ) -> Tensor:
     """The contract of `rotary_store_kv` by the two ops that it joins, on any device."""
     q_THE, k_TKE = apply_rotary(q_THE, k_TKE, cos_TE, sin_TE)
-    store_kv(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
+    store_kv(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T, k_scales_NPK, v_scales_NPK)
     return q_THE
 
 
@@ -61,6 +63,8 @@ def rotary_store_kv(
     k_cache_NPKE: Tensor,
     v_cache_NPKE: Tensor,
     slot_mapping_T: Tensor,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
 ) -> Tensor:
     """-> the rotated queries; the rotated keys, and the values, lie in their slots."""
     if not (
@@ -69,9 +73,8 @@ def rotary_store_kv(
         and takes_pages(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
         and k_TKE.dtype == k_cache_NPKE.dtype
     ):
-        return rotary_store_kv_reference(
-            q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T
-        )
+        target = (k_cache_NPKE, v_cache_NPKE, slot_mapping_T, k_scales_NPK, v_scales_NPK)
+        return rotary_store_kv_reference(q_THE, k_TKE, v_TKE, cos_TE, sin_TE, *target)
     tokens, heads, head_dim = q_THE.shape
     item = q_THE.element_size()
     q_out = empty(q_THE.shape, q_THE)

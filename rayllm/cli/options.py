@@ -14,7 +14,7 @@ import typer
 
 from rayllm.cli.config_file import Sections, engine_config, merge
 from rayllm.cli.units import parse_bytes
-from rayllm.core.config import DTYPES, EngineConfig
+from rayllm.core.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from rayllm.core.errors import InvalidRequestError
 from rayllm.core.types import SamplingParams
 
@@ -48,6 +48,13 @@ class EngineOptions:
         int | None,
         _engine("--kv-cache-memory", "On CPU: each rank's KV cache [1GiB].", parser=parse_bytes, metavar="SIZE"),
     ] = None
+    kv_cache_dtype: Annotated[
+        str | None,
+        _engine(
+            "--kv-cache-dtype",
+            f"One of {', '.join(KV_CACHE_DTYPES)}; int8 holds nearly twice the tokens, a little less exactly [auto].",
+        ),
+    ] = None
     gpu_memory_fraction: Annotated[
         float | None,
         _engine(
@@ -68,7 +75,11 @@ class EngineOptions:
         return {
             "model": {"model": model, "dtype": self.dtype, "max_model_len": self.max_model_len},
             "parallel": {"tensor": self.tp, "pipeline": self.pp},
-            "cache": {"cpu_memory_bytes": self.kv_cache_memory, "gpu_memory_fraction": self.gpu_memory_fraction},
+            "cache": {
+                "cpu_memory_bytes": self.kv_cache_memory,
+                "dtype": self.kv_cache_dtype,
+                "gpu_memory_fraction": self.gpu_memory_fraction,
+            },
             "scheduler": {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens},
         }
 

@@ -12,6 +12,7 @@ MAX_NUM_SEQS = 1 << 16  # each has its row of the block table, full or not
 MAX_NUM_BATCHED_TOKENS = 1 << 20  # of one step, whose activations are all held at once
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "int8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +63,20 @@ class CacheConfig:
 
     On CUDA the share is `gpu_memory_fraction` of the card, weights included. On CPU it is `cpu_memory_bytes`,
     explicit because nobody else's memory may be taken for granted.
+
+    `dtype` int8 keeps a byte for each value and a scale for each token and head: nearly twice the tokens of bfloat16,
+    and half the bytes to read, for answers that differ a little.
     """
 
+    dtype: str = "auto"  # auto: the model's own
     block_size: int = 16  # tokens
     num_blocks: int | None = None
     gpu_memory_fraction: float = 0.9
     cpu_memory_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
+        if self.dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(f"KV cache dtype: {self.dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
         if self.block_size < 1:
             raise ConfigError(f"block_size: {self.block_size} is less than 1")
         if self.num_blocks is not None and self.num_blocks < 1:

@@ -53,7 +53,7 @@ class ModelRunner:
             num_kv_heads=local_kv_heads(spec, mesh.tp_size),
             head_dim=spec.head_dim,
             block_size=config.cache.block_size,
-            dtype=cache_dtype(dtype, device),
+            dtype=cache_dtype(config.cache.dtype, dtype, device),
             device=device,
         )
         self.num_blocks_that_fit = num_blocks_that_fit(self._layout, config.cache)

@@ -20,7 +20,8 @@ from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
 
 ENGINE = (
-    "--tp --pp --dtype --max-model-len --kv-cache-memory --gpu-memory-fraction --max-num-seqs --max-num-batched-tokens"
+    "--tp --pp --dtype --max-model-len --kv-cache-memory --kv-cache-dtype --gpu-memory-fraction --max-num-seqs"
+    " --max-num-batched-tokens"
 )
 SAMPLING = "--max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop"
 GENERATE = (
