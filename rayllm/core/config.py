@@ -4,6 +4,7 @@ Run-time facts (the number of blocks, the end-of-sequence ids) are returned by t
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rayllm.core.errors import ConfigError
 from rayllm.core.types import MAX_TOKENS
@@ -11,6 +12,7 @@ from rayllm.core.types import MAX_TOKENS
 MAX_NUM_SEQS = 1 << 16  # each has its row of the block table, full or not
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("w8a8", "w8a16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +23,13 @@ class ModelConfig:
     dtype: str = "auto"  # auto: the checkpoint's own
     max_model_len: int | None = None  # None: the checkpoint's own
     device: str = "auto"  # auto: cuda where there is one, else cpu
+    quantize: Literal["w8a8", "w8a16"] | None = None  # int8 linear layers, made as the weights are read
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.quantize is not None and self.quantize not in QUANTIZE:
+            raise ConfigError(f"quantize: {self.quantize!r} is not one of {', '.join(QUANTIZE)}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len: {self.max_model_len} is less than 2")
         if self.max_model_len is not None and self.max_model_len > MAX_TOKENS:
