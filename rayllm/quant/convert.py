@@ -39,7 +39,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.outliers in ("smooth", "mixed") and self.scheme != "w8a8":
+        if self.outliers == "mixed" and self.scheme != "w8a8":
             raise ConfigError(f"outliers: {self.outliers} is about int8 activations: {self.scheme} has none")
 
     @property
@@ -116,7 +116,9 @@ def convert(
     folds, columns = Folds(), dict[str, Tensor]()
     if recipe.outliers == "smooth":
         assert statistics is not None
-        folds = smoothing(checkpoint.spec, statistics, _all_largest(checkpoint, largest))
+        folds = smoothing(
+            checkpoint.spec, recipe.scheme, statistics, lambda layer: _read(checkpoint, f"{layer}.weight")
+        )
     elif recipe.outliers == "mixed":
         seen = {layer: [statistics[layer].largest_K] if statistics else [] for layer in layers}
         columns = shared_columns(checkpoint.spec, {layer: [*seen[layer], largest[layer]] for layer in layers})
@@ -157,7 +159,7 @@ def _convert_layer(
     if columns_J is not None:
         ranged_NK = exact_NK.index_fill(1, columns_J.long(), 0)
         judged_K = None if energy_K is None else energy_K.index_fill(0, columns_J.long(), 0)
-    scale_N1 = absmax_scale(ranged_NK) if recipe.outliers == "none" else clip_scale(ranged_NK, judged_K)
+    scale_N1 = clip_scale(ranged_NK, judged_K) if recipe.outliers == "clip" else absmax_scale(ranged_NK)
     q_NK = round_to_int8(exact_NK, scale_N1)
     stored_NK = q_NK * scale_N1
     stem = _stored_name(checkpoint, f"{layer}.weight").removesuffix(".weight")
@@ -193,13 +195,6 @@ def _largest_weights(checkpoint: Checkpoint, layer: str) -> Tensor:
         source = checkpoint.source(f"{layer}.weight")
         raise CheckpointError(checkpoint.directory, f"tensor {source.name} holds NaN or infinity")
     return largest_K
-
-
-def _all_largest(checkpoint: Checkpoint, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the layers that stay as they are too: smoothing changes them with the norm that they share."""
-    with torch.device("meta"):
-        layers = linear_names(Decoder(checkpoint.spec))
-    return {layer: known[layer] if layer in known else _largest_weights(checkpoint, layer) for layer in layers}
 
 
 def _stored_name(checkpoint: Checkpoint, parameter: str) -> str:

@@ -45,7 +45,7 @@ class ShardWriter:
 
     def add_outlier(self, name: str, tensor: Tensor) -> None:
         """For the file of its own, which other readers do not look for."""
-        self._outliers[name] = tensor.contiguous()
+        self._outliers[name] = tensor.clone(memory_format=torch.contiguous_format)
 
     def close(self) -> int:
         """-> bytes of all tensors."""

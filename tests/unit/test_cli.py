@@ -19,7 +19,10 @@ from rayllm.core.config import SchedulerConfig
 from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
 
-ENGINE = "--tp --pp --dtype --quantize --max-model-len --kv-cache-memory --gpu-memory-fraction --max-num-seqs --max-num-batched-tokens"
+ENGINE = (
+    "--tp --pp --dtype --quantize --max-model-len --kv-cache-memory --gpu-memory-fraction --max-num-seqs"
+    " --max-num-batched-tokens"
+)
 SAMPLING = "--max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop"
 GENERATE = (
     "--n --min-tokens --frequency-penalty --presence-penalty --logit-bias --stop-token-id --ignore-eos --logprobs"
