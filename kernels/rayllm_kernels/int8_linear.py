@@ -27,10 +27,12 @@ from rayllm_kernels.int8_products import (
     multiply_widened_tiles_kernel,
     quantize_rows_kernel,
 )
+from rayllm_kernels.native import empty
 
 MAX_LENGTH = 2**31 // (127 * 255)  # of a row: longer sums may not fit 32 bits
 _ROWS = 512  # of x at a time, so that what each thread packs of it stays in its cache
 _TINY = 1e-30  # a row whose largest value is less is zero
+_INT8, _FLOAT32 = torch.empty(0, dtype=torch.int8), torch.empty(0)  # what `empty` makes others like
 _BYTES_PER_TASK = 1 << 17  # of weights, about: 10 microseconds of reading
 
 
@@ -81,6 +83,11 @@ def _integer_product(q_TK: Tensor, weight_NK: Tensor) -> Tensor:
 
 def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """-> int8 [T, K] and float32 scales [T, 1], so that q * scale is x to half a scale."""
+    if x_TK.is_cuda:
+        from rayllm_kernels.gpu import int8_linear as gpu
+
+        q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), None)
+        return q_TK, scale_T1
     if not _compiled(x_TK):
         return quantize_rows_reference(x_TK)
     q_TK, scale_T1, _ = _quantize(x_TK, None)
@@ -104,18 +111,19 @@ def w8a8_linear(
     outputs, length = weight_NK.shape
     assert length <= MAX_LENGTH, f"{length} products may not fit 32 bits"
     rows = x.numel() // length
-    if not _compiled(x, weight_NK, scale_N1, bias_N):
-        return w8a8_linear_reference(
-            x,
-            weight_NK,
-            scale_N1,
-            bias_N,
-            outlier_columns_J=outlier_columns_J,
-            outlier_weight_NJ=outlier_weight_NJ,
-        )
     columns = outlier_columns_J if outlier_columns_J is not None and outlier_columns_J.numel() > 0 else None
     weight_JN = None if columns is None or outlier_weight_NJ is None else outlier_weight_NJ.t().contiguous()
-    out = x.new_empty((*x.shape[:-1], outputs))
+    if x.is_cuda and rows > 0:
+        from rayllm_kernels.gpu import int8_linear as gpu
+
+        q_TK, scale_T1, kept_TJ = gpu.quantize_rows(x.reshape(rows, length), columns)
+        product = gpu.w8a8_product(q_TK, scale_T1, weight_NK, scale_N1, bias_N, kept_TJ, weight_JN)
+        return product.view(*x.shape[:-1], outputs)
+    if not _compiled(x, weight_NK, scale_N1, bias_N):
+        return w8a8_linear_reference(
+            x, weight_NK, scale_N1, bias_N, outlier_columns_J=columns, outlier_weight_NJ=outlier_weight_NJ
+        )
+    out = empty((*x.shape[:-1], outputs), x)
     limits = int8_limits()
     if rows <= limits.vector_w8a8:
         tasks, per_task = _split(outputs, length, 16)
@@ -161,10 +169,15 @@ def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor 
     """x [..., K] float -> [..., N] in its dtype; sums in float32."""
     outputs, length = weight_NK.shape
     rows = x.numel() // length
+    if x.is_cuda and rows > 0:
+        from rayllm_kernels.gpu import int8_linear as gpu
+
+        product = gpu.w8a16_product(x.reshape(rows, length), weight_NK, scale_N1, bias_N)
+        return product.view(*x.shape[:-1], outputs)
     if not _compiled(x, weight_NK, scale_N1, bias_N):
         return w8a16_linear_reference(x, weight_NK, scale_N1, bias_N)
     limits, is_bf16 = int8_limits(), x.dtype == torch.bfloat16
-    out = x.new_empty((*x.shape[:-1], outputs))
+    out = empty((*x.shape[:-1], outputs), x)
     if rows <= (limits.vector_bfloat16 if is_bf16 else limits.vector_float32):
         tasks, per_task = _split(outputs, length, 16)
         multiply_widened_kernel(
@@ -218,9 +231,9 @@ def _compiled(
 def _quantize(x_TK: Tensor, columns_J: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """-> int8 [T, K], scales [T, 1], the columns that it left out [T, J] float32."""
     rows, length = x_TK.shape
-    q_TK = torch.empty(rows, length, dtype=torch.int8)
-    scale_T1 = torch.empty(rows, 1)
-    kept_TJ = None if columns_J is None else torch.empty(rows, len(columns_J))
+    q_TK = empty((rows, length), _INT8)
+    scale_T1 = empty((rows, 1), _FLOAT32)
+    kept_TJ = None if columns_J is None else empty((rows, len(columns_J)), _FLOAT32)
     quantize_rows_kernel(
         rows,
         x_TK.data_ptr(),

@@ -12,8 +12,16 @@ _TINY = tl.constexpr(1e-30)
 
 @triton.jit
 def quantize_rows_kernel(
-    x_ptr, q_ptr, scale_ptr, columns_ptr, kept_ptr, K, J, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr
-):
+    x_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    columns_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
+    K: tl.tensor,
+    J: tl.tensor,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+) -> None:
     """A program for each row. BLOCK_J 0: no outlier columns."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -36,18 +44,18 @@ def quantize_rows_kernel(
 
 @triton.jit
 def w8a8_kernel(
-    q_ptr,
-    weight_ptr,
-    x_scale_ptr,
-    scale_ptr,
-    bias_ptr,
-    kept_ptr,
-    outlier_ptr,
-    out_ptr,
-    T,
-    N,
-    K,
-    J,
+    q_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
+    outlier_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    T: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    J: tl.tensor,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,7 +63,7 @@ def w8a8_kernel(
     GROUP: tl.constexpr,
     WHOLE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-):
+) -> None:
     """A program for each tile of the output: int8 along K, then 16 bits along J, then one epilogue."""
     # GROUP tiles of rows take turns over the columns, so that both operands are met again while in the cache
     tiles_t, tiles_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
@@ -101,22 +109,22 @@ def w8a8_kernel(
 
 @triton.jit
 def w8a16_kernel(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    bias_ptr,
-    out_ptr,
-    T,
-    N,
-    K,
-    K_PER_SPLIT,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    T: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    K_PER_SPLIT: tl.tensor,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
-):
+) -> None:
     """A program for each tile of the output and part of K. The weight is the left operand, so that it may stay in
     registers once widened. SPLIT: float32 sums to out [splits, T, N], else the output itself."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,8 +162,16 @@ def w8a16_kernel(
 
 @triton.jit
 def join_splits_kernel(
-    sums_ptr, scale_ptr, bias_ptr, out_ptr, T, N, splits, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+    sums_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    T: tl.tensor,
+    N: tl.tensor,
+    splits: tl.tensor,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> None:
     """A program for some outputs of one row. Always in the same order, so the result does not depend on timing."""
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
