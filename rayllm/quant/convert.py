@@ -130,13 +130,13 @@ def convert(
         energy_K = statistics[layer].energy_K if statistics else None
         reports.append(_convert_layer(checkpoint, layer, recipe, folds, columns.get(layer), energy_K, writer))
         advance(1)
-    after = writer.close()
+    writer.close()
     _write_config(checkpoint, directory, recipe, layers)
     _copy_others(checkpoint.directory, directory)
     return Report(
         recipe=recipe,
-        bytes_before=sum(_size(checkpoint, name) for name in _stored_once(checkpoint)),
-        bytes_after=after,
+        bytes_before=_weight_bytes(checkpoint.directory),
+        bytes_after=_weight_bytes(directory),
         calibration_tokens=calibration_tokens,
         layers=reports,
     )
@@ -220,9 +220,8 @@ def _other_parameters(checkpoint: Checkpoint, layers: set[str], folds: Folds) ->
             yield checkpoint.source(name).name, folds.apply(module, _read(checkpoint, name))
 
 
-def _size(checkpoint: Checkpoint, parameter: str) -> int:
-    tensor = _read(checkpoint, parameter)
-    return tensor.numel() * tensor.element_size()
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _write_config(checkpoint: Checkpoint, directory: Path, recipe: Recipe, layers: Sequence[str]) -> None:

@@ -47,15 +47,13 @@ class ShardWriter:
         """For the file of its own, which other readers do not look for."""
         self._outliers[name] = tensor.clone(memory_format=torch.contiguous_format)
 
-    def close(self) -> int:
-        """-> bytes of all tensors."""
+    def close(self) -> None:
         self._flush()
-        outliers = sum(tensor.numel() * tensor.element_size() for tensor in self._outliers.values())
         if self._outliers:
             save_file(self._outliers, self._directory / OUTLIERS, metadata=_METADATA)
         if len(self._shards) == 1 and not self._outliers:
             (self._directory / _part(0)).rename(self._directory / WEIGHTS)
-            return self._total_bytes
+            return
         weight_map = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
@@ -64,7 +62,6 @@ class ShardWriter:
         # Also for one shard beside an outliers file: the index tells readers which files are the model's.
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         (self._directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        return self._total_bytes + outliers
 
     def _flush(self) -> None:
         save_file(self._shard, self._directory / _part(len(self._shards)), metadata=_METADATA)
