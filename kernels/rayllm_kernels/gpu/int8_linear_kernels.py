@@ -36,8 +36,9 @@ def quantize_rows_kernel(
     # The order of non-negative floats is that of their bits, and NaN is above all of them.
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bound = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
-    factor = tl.where(bound > _TINY, 127.0 / bound, 0.0)
-    rounded = (x * factor + _ROUND) - _ROUND
+    counts = bound > _TINY  # false for NaN, whose row the scale makes NaN
+    factor = 127.0 / tl.where(counts, bound, 1.0)
+    rounded = tl.where(counts, (x * factor + _ROUND) - _ROUND, 0.0)
     tl.store(q_ptr + row * K + k, rounded.to(tl.int8), mask=k < K)
     tl.store(scale_ptr + row, bound / 127.0)
 
@@ -176,8 +177,10 @@ def join_splits_kernel(
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for split in range(splits):
-        total += tl.load(sums_ptr + (split.to(tl.int64) * T + row) * N + n, mask=n < N, other=0.0)
+    parts = sums_ptr + row * N + n
+    for _ in range(splits):
+        total += tl.load(parts, mask=n < N, other=0.0)
+        parts += T * N
     out = total * tl.load(scale_ptr + n, mask=n < N, other=0.0)
     if HAS_BIAS:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
