@@ -117,7 +117,7 @@ def w8a8_linear(
         from rayllm_kernels.gpu import int8_linear as gpu
 
         q_TK, scale_T1, kept_TJ = gpu.quantize_rows(x.reshape(rows, length), columns)
-        product = gpu.w8a8_product(q_TK, scale_T1, weight_NK, scale_N1, bias_N, kept_TJ, weight_JN)
+        product: Tensor = gpu.w8a8_product(q_TK, scale_T1, weight_NK, scale_N1, bias_N, kept_TJ, weight_JN)
         return product.view(*x.shape[:-1], outputs)
     if not _compiled(x, weight_NK, scale_N1, bias_N):
         return w8a8_linear_reference(
@@ -172,8 +172,8 @@ def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor 
     if x.is_cuda and rows > 0:
         from rayllm_kernels.gpu import int8_linear as gpu
 
-        product = gpu.w8a16_product(x.reshape(rows, length), weight_NK, scale_N1, bias_N)
-        return product.view(*x.shape[:-1], outputs)
+        out: Tensor = gpu.w8a16_product(x.reshape(rows, length), weight_NK, scale_N1, bias_N)
+        return out.view(*x.shape[:-1], outputs)
     if not _compiled(x, weight_NK, scale_N1, bias_N):
         return w8a16_linear_reference(x, weight_NK, scale_N1, bias_N)
     limits, is_bf16 = int8_limits(), x.dtype == torch.bfloat16

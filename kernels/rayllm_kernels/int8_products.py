@@ -265,7 +265,6 @@ def _multiply_widened(block: int) -> None:
     turned = sums + 4 * BLOCK * BLOCK
     for i in range(0, rows * length, LANES):
         store(wide + 4 * i, load_bf16(x + 2 * i) if is_bf16 else load(x + 4 * i))
-    one = np.float32(1.0)
     task = next_task(block)
     while task >= 0:
         first = task * outputs_per_task
@@ -281,7 +280,7 @@ def _multiply_widened(block: int) -> None:
                             for c in range(BLOCK):
                                 store_f32(turned + _LINE * c + 4 * (part + r), load_f32(sums + 4 * (r * BLOCK + c)))
                 for c in range(min(side, rows - m)):
-                    _finish(load(turned + _LINE * c), one, 0, m + c, n, arguments)
+                    _finish(load(turned + _LINE * c), 1.0, 0, m + c, n, arguments)
         task = next_task(block)
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
 
@@ -304,7 +303,6 @@ def _multiply_widened_tiles(block: int) -> None:
     store(zeros, broadcast(np.float32(0.0)))
     for tile in range(tiles):
         pack(x + 2 * tile * TILE * length, rows - tile * TILE, 2 * length, zeros, packed + 32 * tile * length)
-    one = np.float32(1.0)
     load_tile_config(config)
     task = next_task(block)
     while task >= 0:
@@ -320,7 +318,7 @@ def _multiply_widened_tiles(block: int) -> None:
                     transpose(sums + 1024 * part, 64, TILE, zeros, turned)
                     row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
                     for m in range(row, min(row + TILE, rows)):
-                        _finish(load(turned + 64 * (m - row)), one, 0, m, column, arguments)
+                        _finish(load(turned + 64 * (m - row)), 1.0, 0, m, column, arguments)
         task = next_task(block)
     release_tiles()
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use

@@ -112,7 +112,7 @@ def _sequences(checkpoint: "Checkpoint", calibration: Path) -> "list[Tensor]":
     if not ids:
         raise ConfigError(f"calibration: {calibration}: holds no text")
     length = min(_SEQUENCE, checkpoint.spec.max_position_embeddings)
-    return list(torch.tensor(ids).split(length))
+    return [torch.tensor(ids[first : first + length]) for first in range(0, len(ids), length)]
 
 
 def _calibrate(checkpoint: "Checkpoint", sequences: "list[Tensor]", tokens: int) -> "dict[str, InputStatistics]":

@@ -54,7 +54,7 @@ class ShardWriter:
         if len(self._shards) == 1 and not self._outliers:
             (self._directory / _part(0)).rename(self._directory / WEIGHTS)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
             (self._directory / _part(number)).rename(self._directory / file)

@@ -223,7 +223,7 @@ def _splits(rows: int, outputs: int, length: int, tiles: Tiles, device: torch.de
     """Parts of K that give every multiprocessor its programs, of at least two steps each."""
     if rows > _SPLIT_ROWS:
         return 1
-    programs = triton.cdiv(outputs, tiles.n) * triton.cdiv(rows, tiles.t)
+    programs: int = triton.cdiv(outputs, tiles.n) * triton.cdiv(rows, tiles.t)
     wanted = _PROGRAMS_PER_SM * _multiprocessors(device.index or 0) // programs
     return max(1, min(wanted, length // (2 * tiles.k)))
 
