@@ -31,3 +31,27 @@ def linear_limits() -> LinearLimits:
         limits = LinearLimits(vector_float32=16, vector_bfloat16=4, tile_bfloat16=0)
         logger.info("bfloat16 linear: vectors up to 4 rows, torch above, because %s", problem)
     return limits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Limits:
+    """The most rows of x for which vectors are the fastest; above them AMX tiles are, or torch without `tiles`."""
+
+    tiles: bool
+    vector_w8a8: int
+    vector_float32: int  # W8A16, by the dtype of x
+    vector_bfloat16: int
+
+
+@functools.cache
+def int8_limits() -> Int8Limits:
+    problem = amx_problem()
+    if problem is None:
+        limits = Int8Limits(tiles=True, vector_w8a8=4, vector_float32=16, vector_bfloat16=8)
+        logger.info("int8 linear: vectors up to 4 rows (8 with bfloat16 activations), AMX tiles above")
+    else:
+        limits = Int8Limits(tiles=False, vector_w8a8=16, vector_float32=16, vector_bfloat16=8)
+        logger.info(
+            "int8 linear: vectors up to 16 rows (8 with bfloat16 activations), torch above, because %s", problem
+        )
+    return limits

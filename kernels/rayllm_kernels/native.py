@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _HEADER = 2  # ticket, tasks
 # numba keys its cache by the file that holds a kernel; the helpers that go into it are named here by their content.
 _HELPERS = hashlib.sha256(
-    b"".join((Path(__file__).parent / name).read_bytes() for name in ("simd.py", "amx.py", "native.py"))
+    b"".join((Path(__file__).parent / name).read_bytes() for name in ("simd.py", "amx.py", "blocks.py", "native.py"))
 ).hexdigest()[:12]
 _REGISTRY: list["Kernel"] = []
 

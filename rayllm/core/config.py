@@ -4,6 +4,7 @@ Run-time facts (the number of blocks, the end-of-sequence ids) are returned by t
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rayllm.core.errors import ConfigError
 from rayllm.core.types import MAX_TOKENS
@@ -13,6 +14,7 @@ MAX_NUM_BATCHED_TOKENS = 1 << 20  # of one step, whose activations are all held 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "int8")
+QUANTIZE = ("w8a8", "w8a16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,10 +25,13 @@ class ModelConfig:
     dtype: str = "auto"  # auto: the checkpoint's own
     max_model_len: int | None = None  # None: the checkpoint's own
     device: str = "auto"  # auto: cuda where there is one, else cpu
+    quantize: Literal["w8a8", "w8a16"] | None = None  # int8 linear layers, made as the weights are read
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.quantize is not None and self.quantize not in QUANTIZE:
+            raise ConfigError(f"quantize: {self.quantize!r} is not one of {', '.join(QUANTIZE)}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len: {self.max_model_len} is less than 2")
         if self.max_model_len is not None and self.max_model_len > MAX_TOKENS:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from rayllm.core.errors import InvalidRequestError
@@ -31,12 +31,13 @@ class LLM:
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         max_model_len: int | None = None,
+        quantize: Literal["w8a8", "w8a16"] | None = None,
         cache: CacheConfig | None = None,
         scheduler: SchedulerConfig | None = None,
     ) -> None:
         unbounded = 1 << 62  # the whole work list is handed over at once
         config = EngineConfig(
-            model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len),
+            model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len, quantize=quantize),
             parallel=ParallelConfig(tensor=tensor_parallel_size, pipeline=pipeline_parallel_size),
             cache=cache or CacheConfig(),
             scheduler=replace(

@@ -44,7 +44,8 @@ class ModelRunner:
         self._mesh = mesh
         self._device = device
         self._dtype = dtype
-        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device).requires_grad_(False)
+        quantize = config.model.quantize
+        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device, quantize=quantize).requires_grad_(False)
         fuse_projections(self._model)
         if device.type == "cpu":
             compile_kernels()

@@ -20,7 +20,8 @@ from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
 
 ENGINE = (
-    "--tp --pp --dtype --max-model-len --kv-cache-memory --kv-cache-dtype --gpu-memory-fraction --max-num-seqs"
+    "--tp --pp --dtype --quantize --max-model-len --kv-cache-memory --kv-cache-dtype --gpu-memory-fraction"
+    " --max-num-seqs"
     " --max-num-batched-tokens"
 )
 SAMPLING = "--max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop"
@@ -43,6 +44,7 @@ FROZEN = {
     "bench": "",
     "bench offline": f"model {ENGINE} {WORKLOAD} --repeats --against-transformers --json",
     "bench serve": f"{ENGINE} {WORKLOAD} --url --in-process --concurrency --json",
+    "quantize": "model out --scheme --outliers --calibration --skip --json",
     "plan": "model --params --dtype --gpu-memory --gpu-memory-fraction --context --max-gpus --json",
 }
 
