@@ -13,7 +13,7 @@ from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
 from rayllm.serve.openai_api import build_http_app
 from rayllm.serve.service import InferenceService
-from rayllm.serve.weights import weight_version
+from rayllm.models.weight_version import weight_version
 
 
 class InferenceReplica(InferenceServicer):

@@ -228,3 +228,9 @@ def test_runs_without_ray_and_without_the_wire_formats(tiny_model):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(",") == 2
+
+
+def test_each_output_is_heard_of_once_with_its_prompts_index(llm, prompts):
+    heard = {}
+    outputs = llm.generate(prompts, GREEDY, on_output=lambda index, output: heard.setdefault(index, output))
+    assert [heard[index] for index in range(len(prompts))] == outputs
