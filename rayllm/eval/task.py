@@ -10,7 +10,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,14 +29,6 @@ class Document:
     index: int
     fields: Mapping[str, Any]
     subject: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Examples:
-    """The documents to be scored, those of a subject together, and by subject those that shots are taken from."""
-
-    documents: Sequence[Document]
-    shots: Mapping[str, Sequence[Document]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +125,7 @@ class ShotOrder(Enum):
 class Task(ABC):
     """`score` may be called from any thread, several at a time; all else is called from one.
 
-    `metrics`: the names of `Score.values`, the first of them the one that `reward` gives.
+    `metrics`: the names of `Score.values` that are averaged, the first of them the one that `reward` gives.
     """
 
     name: str
@@ -144,8 +136,12 @@ class Task(ABC):
     runs_code: ClassVar[bool] = False  # `score` runs what the model wrote
 
     @abstractmethod
-    def load(self, data: "Data") -> Examples:
-        """Raises DataError, which says how to get what is missing."""
+    def documents(self, data: "Data") -> Sequence[Document]:
+        """What is to be scored, a subject's documents one after the other. DataError says how to get what is missing."""
+
+    def shots(self, data: "Data") -> Mapping[str, Sequence[Document]]:
+        """By subject, what shots are taken from; read only where there are to be shots. Raises DataError."""
+        return {}
 
     @abstractmethod
     def question(self, document: Document) -> str:
@@ -166,12 +162,12 @@ class Task(ABC):
         """What comes before all shots."""
         return ""
 
-    def shot(self, document: Document) -> str:
-        """A question with its answer, as it stands before the real question."""
+    def example(self, document: Document) -> str:
+        """A question with its answer, as it stands before the real question: a shot."""
         return self.question(document) + TARGET_DELIMITER + self.target(document) + FEWSHOT_DELIMITER
 
     def prompt(self, document: Document, shots: Sequence[Document]) -> str:
-        return self.description(document) + "".join(map(self.shot, shots)) + self.question(document)
+        return self.description(document) + "".join(map(self.example, shots)) + self.question(document)
 
     def reward(self, document: Document, text: str) -> float:
         """What `text` is worth as the answer to `question`: the first metric."""
