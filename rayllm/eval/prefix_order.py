@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Sequence
 
 
-def prefix_order(prompts: Sequence[Sequence[int]], *, block_size: int, budget: int) -> list[int]:
+def prefix_order(prompts: Sequence[tuple[int, ...]], *, block_size: int, budget: int) -> list[int]:
     """The indices of `prompts`, each once. Prompts with a common prefix stay as close together as that allows, for
     the cache is finite."""
     ordered = sorted(range(len(prompts)), key=lambda index: prompts[index])
@@ -40,7 +40,7 @@ def prefix_order(prompts: Sequence[Sequence[int]], *, block_size: int, budget: i
     return result
 
 
-def _first_sharers(ordered: Sequence[Sequence[int]], block_size: int) -> tuple[list[int], list[int]]:
+def _first_sharers(ordered: Sequence[tuple[int, ...]], block_size: int) -> tuple[list[int], list[int]]:
     """For each of the sorted prompts, the first one that shares as many full blocks with it as any before it does (-1:
     none shares a block), and how many tokens those are."""
     parents: list[int] = []
@@ -58,7 +58,7 @@ def _first_sharers(ordered: Sequence[Sequence[int]], block_size: int) -> tuple[l
     return parents, shared
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def _common_prefix(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     length = min(len(left), len(right))
     low, high = 0, length  # left[:low] equals right[:low]
     while low < high:

@@ -137,7 +137,7 @@ class Task(ABC):
 
     @abstractmethod
     def documents(self, data: "Data") -> Sequence[Document]:
-        """What is to be scored, a subject's documents one after the other. DataError says how to get what is missing."""
+        """What is to be scored, subject by subject. DataError says how to get what is missing."""
 
     def shots(self, data: "Data") -> Mapping[str, Sequence[Document]]:
         """By subject, what shots are taken from; read only where there are to be shots. Raises DataError."""
