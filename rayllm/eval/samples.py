@@ -2,6 +2,7 @@
 
 DIR/run.json                      what the rows have in common; a folder holds one run
 DIR/samples/TASK/00000.parquet    rows in the order in which they were done
+DIR/results.json                  the metrics of each task that is done
 """
 
 import json
@@ -67,8 +68,19 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
             raise ConfigError(f"{directory}: holds another run ({'; '.join(differing)}); choose another --output")
         return
     directory.mkdir(parents=True, exist_ok=True)
+    _write_json(path, run)
+
+
+def write_results(directory: Path, report: Mapping[str, Any]) -> None:
+    """Adds this run's tasks to those that the folder has results of already."""
+    path = directory / "results.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
+    _write_json(path, {**report, "tasks": {**earlier, **report["tasks"]}})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 

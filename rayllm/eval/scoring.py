@@ -7,9 +7,9 @@ for strides the recipe of Hugging Face's documentation ("Perplexity of fixed-len
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rayllm.core.errors import ConfigError
-from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import SamplingParams
 from rayllm.engine.outputs import RequestOutput
 from rayllm.eval.task import Likelihood, Loglikelihood, RollingLoglikelihood
@@ -25,11 +25,22 @@ class Span:
     targets: Tokens
 
 
+class TextEncoder(Protocol):
+    """The part of `rayllm.core.tokenizer.Tokenizer` that is needed here; an endpoint's may stand in for it."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+
 class SpanMaker:
     """`max_input_tokens`: how many tokens the model can read to predict one more. Tokenizes each context once for all
     its continuations, when they follow each other."""
 
-    def __init__(self, tokenizer: Tokenizer, max_input_tokens: int) -> None:
+    def __init__(self, tokenizer: TextEncoder, max_input_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._max_input_tokens = max_input_tokens
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
