@@ -9,7 +9,14 @@ from rayllm.eval.task import Task
 from rayllm.eval.tasks import kmmlu, mmlu
 from rayllm.eval.tasks.arc import Arc
 from rayllm.eval.tasks.boolq import BoolQ
+from rayllm.eval.tasks.gsm8k import Gsm8k, Gsm8kCot
 from rayllm.eval.tasks.hellaswag import HellaSwag
+from rayllm.eval.tasks.hendrycks_math import HendrycksMath
+from rayllm.eval.tasks.humaneval import HumanEval, HumanEvalInstruct
+from rayllm.eval.tasks.math_boxed import MathBoxed
+from rayllm.eval.tasks.math_data import SUBJECTS as MATH_SUBJECTS
+from rayllm.eval.tasks.mbpp import Mbpp
+from rayllm.eval.tasks.minerva_math import MinervaMath
 from rayllm.eval.tasks.perplexity import Perplexity, StridedPerplexity, WikiText
 from rayllm.eval.tasks.piqa import Piqa
 from rayllm.eval.tasks.winogrande import WinoGrande
@@ -28,6 +35,7 @@ def _by_subject(
         yield part_name, partial(make, part_name, chosen)
 
 
+_MANY = (2, 8, 16, 32, 64)  # of 64 samples
 _SINGLE: Mapping[str, _Make] = {
     "perplexity": Perplexity,
     "perplexity_strided": StridedPerplexity,
@@ -38,13 +46,28 @@ _SINGLE: Mapping[str, _Make] = {
     "winogrande": WinoGrande,
     "piqa": Piqa,
     "boolq": BoolQ,
+    "gsm8k": Gsm8k,
+    "gsm8k_cot": partial(Gsm8kCot, "gsm8k_cot"),
+    "gsm8k_cot_chat": partial(Gsm8kCot, "gsm8k_cot_chat", chat=True),
+    "humaneval": partial(HumanEval, "humaneval"),
+    "humaneval_64": partial(HumanEval, "humaneval_64", num_samples=64, ks=_MANY),
+    "humaneval_instruct": partial(HumanEvalInstruct, "humaneval_instruct"),
+    "humaneval_instruct_chat": partial(HumanEvalInstruct, "humaneval_instruct_chat", chat=True),
+    "humaneval_64_instruct": partial(
+        HumanEvalInstruct, "humaneval_64_instruct", version="3.0", num_samples=64, ks=_MANY
+    ),
+    "mbpp": partial(Mbpp, "mbpp"),
 }
+_MATH_PARTS = {subject: (subject,) for subject in MATH_SUBJECTS}
 _FAMILIES: Mapping[str, tuple[Callable[[str, Sequence[str]], Task], Mapping[str, Sequence[str]]]] = {
     "mmlu": (mmlu.Mmlu, mmlu.GROUPS),
     "kmmlu": (kmmlu.Kmmlu, kmmlu.GROUPS),
     "kmmlu_dev": (kmmlu.KmmluDev, kmmlu.GROUPS),
     "kmmlu_direct": (kmmlu.KmmluDirect, kmmlu.GROUPS),
     "kmmlu_cot_hard": (kmmlu.KmmluCotHard, kmmlu.GROUPS),
+    "hendrycks_math": (HendrycksMath, _MATH_PARTS),
+    "minerva_math": (MinervaMath, _MATH_PARTS),
+    "math_boxed": (MathBoxed, _MATH_PARTS),
 }
 TASKS: Mapping[str, _Make] = {
     **_SINGLE,

@@ -37,6 +37,11 @@ class MathChecker:
         answer = self._call("read_answer", text)
         return None if answer is None else str(answer)
 
+    def normalize(self, answer: str) -> str | None:
+        """`rayllm.eval.answers.minerva`'s normal form of an answer out of a model's text."""
+        normal = self._call("normalize", answer)
+        return None if normal is None else str(normal)
+
     def equal(self, answer: str, gold: str) -> bool:
         """Of two normalized LaTeX strings: the same, or equal to sympy."""
         return self._call("equal", answer, gold) is True

@@ -60,6 +60,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], int]] = {
     "equal": (equal, 1),
     "verify": (verify, 3),
     "read_answer": (read_answer, 1),
+    "normalize": (minerva.normalize, 1),
 }
 
 
