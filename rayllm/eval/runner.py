@@ -19,7 +19,7 @@ from rayllm.eval.backend import Backend
 from rayllm.eval.data import Data
 from rayllm.eval.record import RunInfo, make_row, score_of
 from rayllm.eval.samples import SampleStore
-from rayllm.eval.task import Document, Metric, Request, Response, Score, Scored, Task, choose_shots
+from rayllm.eval.task import Document, Metric, Request, Response, Score, Scored, ShotOrder, Task, choose_shots
 
 # Of one call of the backend: bounds what is held in memory; each call ends with the engine running empty.
 _REQUESTS_PER_CALL = 8192
@@ -166,12 +166,12 @@ class _Scorer:
 
 def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: int, seed: int) -> list[_Item]:
     pool: Mapping[str, Sequence[Document]] = task.shots(data) if num_fewshot else {}
+    spare = 1 if task.shot_order is ShotOrder.RANDOM_OTHERS else 0
     for subject in sorted({document.subject for document in documents} if num_fewshot else ()):
-        if len(pool.get(subject, ())) < num_fewshot:
-            raise ConfigError(
-                f"{task.name}: {num_fewshot} shots are asked for, but there are {len(pool.get(subject, ()))}"
-                + (f" of {subject}" if subject else "")
-            )
+        available = max(0, len(pool.get(subject, ())) - spare)
+        if available < num_fewshot:
+            of_what = f" of {subject}" if subject else ""
+            raise ConfigError(f"{task.name}: {num_fewshot} shots are asked for, but there are {available}{of_what}")
     shots = choose_shots(documents, pool, num_fewshot, task.shot_order)
     return [
         _Item(
