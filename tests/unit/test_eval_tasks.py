@@ -73,9 +73,8 @@ class TestPrompts:
     def test_kmmlu_answers_count_from_one(self):
         case = GOLDEN[1]
         task = find_task("kmmlu_law")
-        assert (
-            task.prompt(document(case), []) == "다음 중 대한민국의 수도는?\nA. 부산\nB. 대구\nC. 서울\nD. 광주\n정답："
-        )
+        lines = ["다음 중 대한민국의 수도는?", "A. 부산", "B. 대구", "C. 서울", "D. 광주", "정답\uff1a"]
+        assert task.prompt(document(case), []) == "\n".join(lines)
         assert task.target(document(case)) == "C"
         assert task.score(document(case), likely(-3, -2, -1, -4)).values == {"acc": 1.0}
 
@@ -186,35 +185,32 @@ class TestAverages:
         assert mean_metric("acc", [1.0]).stderr is None
 
 
-class TestShots:
-    pool = {"": documents_of([{"n": n} for n in range(30)])}
-    documents = documents_of([{"n": n} for n in range(10, 14)])
+POOL = {"": documents_of([{"n": n} for n in range(30)])}
+DOCUMENTS = documents_of([{"n": n} for n in range(10, 14)])
 
+
+class TestShots:
     def test_first(self):
-        for shots in choose_shots(self.documents, self.pool, 3, ShotOrder.FIRST):
+        for shots in choose_shots(DOCUMENTS, POOL, 3, ShotOrder.FIRST):
             assert [shot.index for shot in shots] == [0, 1, 2]
 
     def test_random_is_one_generator_through_the_documents(self):
         generator = random.Random(1234)
-        expected = [generator.sample(range(30), 4) for _ in self.documents]
-        got = choose_shots(self.documents, self.pool, 4, ShotOrder.RANDOM)
+        expected = [generator.sample(range(30), 4) for _ in DOCUMENTS]
+        got = choose_shots(DOCUMENTS, POOL, 4, ShotOrder.RANDOM)
         assert [[shot.index for shot in shots] for shots in got] == expected
 
     def test_a_document_is_not_its_own_shot(self):
-        for shots, one in zip(
-            choose_shots(self.documents, self.pool, 29, ShotOrder.RANDOM_OTHERS), self.documents, strict=True
-        ):
+        for shots, one in zip(choose_shots(DOCUMENTS, POOL, 29, ShotOrder.RANDOM_OTHERS), DOCUMENTS, strict=True):
             assert len(shots) == 29
             assert one.fields not in [shot.fields for shot in shots]
-        doubled = {"": [*self.pool[""], *self.pool[""]]}
-        for shots, one in zip(
-            choose_shots(self.documents, doubled, 58, ShotOrder.RANDOM_OTHERS), self.documents, strict=True
-        ):
+        doubled = {"": [*POOL[""], *POOL[""]]}
+        for shots, one in zip(choose_shots(DOCUMENTS, doubled, 58, ShotOrder.RANDOM_OTHERS), DOCUMENTS, strict=True):
             assert len(shots) == 58
             assert one.fields not in [shot.fields for shot in shots]
 
     def test_none(self):
-        assert choose_shots(self.documents, {}, 0, ShotOrder.RANDOM) == [()] * 4
+        assert choose_shots(DOCUMENTS, {}, 0, ShotOrder.RANDOM) == [()] * 4
 
 
 class TestKmmluFiles:
