@@ -4,7 +4,6 @@
 read the same JSON Lines files, laid out as the hub's Parquet conversion is.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rayllm.eval.data import Row, Table
+from rayllm.eval.data import Data, Row, Table
+from rayllm.eval.registry import find_task
+from tests.eval_documents import Golden
+from tests.eval_runs import write_table
 
 DATA = Path(os.environ.get("EVAL_DATA", Path(__file__).parents[1] / ".eval-data"))
 
@@ -49,11 +51,36 @@ def data_folder() -> Path:
     return DATA
 
 
-def write_table(folder: Path, table: Table, rows: Sequence[Row]) -> Path:
-    path = folder / table.name / (table.config or "default") / table.split / "0000.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+def write_case(folder: Path, case: Golden) -> dict[str, Path]:
+    """The case's splits, where its task looks for them; the files by split, some only for lm-eval to open."""
+    files: dict[str, Path] = {}
+    for table in tables_of(case.task):
+        if case.splits.get(table.split):
+            files[table.split] = write_table(folder, table, case.splits[table.split])
+    for split in ("train", "validation", "test", "dev"):
+        files.setdefault(split, next(iter(files.values())))
+    return files
+
+
+class _Spy(Data):
+    """Hears which tables a task reads."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.tables: list[Table] = []
+
+    def rows(self, table: Table) -> list[Row]:
+        self.tables.append(table)
+        return []
+
+
+def tables_of(task: str) -> list[Table]:
+    """That of the documents, then that of the shots."""
+    spy = _Spy()
+    found = find_task(task)
+    found.documents(spy)
+    found.shots(spy)
+    return spy.tables
 
 
 class LmEval:

