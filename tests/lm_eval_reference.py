@@ -86,12 +86,12 @@ def tables_of(task: str) -> list[Table]:
 class LmEval:
     """A model in lm-eval's Hugging Face backend."""
 
-    def __init__(self, model: Path, *, batch_size: int = 8) -> None:
+    def __init__(self, model: Path, *, batch_size: int = 8, dtype: str = "float32") -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from lm_eval.models.huggingface import HFLM
 
-            self._model = HFLM(pretrained=str(model), dtype="float32", batch_size=batch_size, device="cpu")
+            self._model = HFLM(pretrained=str(model), dtype=dtype, batch_size=batch_size, device="cpu")
 
     def run(
         self,

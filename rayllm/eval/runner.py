@@ -93,7 +93,7 @@ def run_task(
     num_fewshot = task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
     items = _items(task, documents, data, num_fewshot, settings.seed)
     store = SampleStore(output, task.name)
-    scores: dict[_Key, Score] = {(row["subject"], row["index"]): score_of(row) for row in store.rows()}
+    scores = _scores_so_far(store, task, documents)
     missing = [item for item in items if _key(item.document) not in scores]
     info = RunInfo(
         model=backend.model, weight_version=backend.weight_version, num_fewshot=num_fewshot, seed=settings.seed
@@ -181,6 +181,21 @@ def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: i
         )
         for document, chosen in zip(documents, shots, strict=True)
     ]
+
+
+def _scores_so_far(store: SampleStore, task: Task, documents: Sequence[Document]) -> dict[_Key, Score]:
+    """Raises ConfigError where the rows are not of this task as it is now and of these documents."""
+    scores: dict[_Key, Score] = {}
+    targets = {_key(document): task.target(document) for document in documents}
+    for row in store.rows():
+        key = (row["subject"], row["index"])
+        if row["task_version"] != task.version or row["target"] != targets.get(key, row["target"]):
+            raise ConfigError(
+                f"the output folder holds samples of {task.name} that another version of it, or other data, has given; "
+                "choose another --output"
+            )
+        scores[key] = score_of(row)
+    return scores
 
 
 def _document_seed(seed: int, task: str, document: Document) -> int:

@@ -35,7 +35,8 @@ FROZEN = {
     "serve": f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --json",
     "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
     "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
-    "eval": (
+    "eval": "",
+    "eval run": (
         f"model {ENGINE} --tasks --url --num-fewshot --limit --data --output --seed --allow-code-execution --json"
     ),
     "models": "",

@@ -216,6 +216,13 @@ class TestResume:
         assert resumed.num_resumed == kept
         assert resumed.metrics == run("mmlu_anatomy", backend, data).metrics
 
+    def test_samples_of_other_data_are_not_taken_for_these(self, backend, data, tmp_path):
+        run("piqa", backend, data, tmp_path)
+        goals = [{"goal": "To dry", "sol1": "air", "sol2": "soup", "label": 0}]
+        write_table(tmp_path / "other", Table(name="baber/piqa", split="validation", columns=()), goals)
+        with pytest.raises(ConfigError, match="holds samples of piqa that another version of it, or other data"):
+            run("piqa", backend, Data(tmp_path / "other"), tmp_path)
+
     def test_a_damaged_shard_is_named(self, backend, data, tmp_path):
         run("piqa", backend, data, tmp_path)
         (shard,) = (tmp_path / "samples/piqa").iterdir()
