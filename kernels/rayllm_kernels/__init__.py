@@ -8,6 +8,7 @@ from rayllm_kernels.native import compile_kernels
 from rayllm_kernels.paged_attention import paged_attention, paged_attention_reference
 from rayllm_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from rayllm_kernels.rotary import apply_rotary, apply_rotary_reference
+from rayllm_kernels.rotary_store_kv import rotary_store_kv, rotary_store_kv_reference
 from rayllm_kernels.silu_mul import silu_mul, silu_mul_reference
 from rayllm_kernels.store_kv import store_kv, store_kv_reference
 
@@ -23,6 +24,8 @@ __all__ = [
     "paged_attention_reference",
     "rms_norm",
     "rms_norm_reference",
+    "rotary_store_kv",
+    "rotary_store_kv_reference",
     "silu_mul",
     "silu_mul_reference",
     "store_kv",

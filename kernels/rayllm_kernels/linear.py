@@ -27,7 +27,7 @@ from rayllm_kernels.amx import (
     tile_zero,
 )
 from rayllm_kernels.dispatch import linear_limits
-from rayllm_kernels.native import Kernel, integer, next_task
+from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
     FLOATS,
     LANES,
@@ -259,7 +259,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
         kernel, last = _multiply_vectors_kernel, int(bf16)
     else:
         return linear_reference(x, weight_NK, bias_N)
-    out = x.new_empty((*x.shape[:-1], outputs))
+    out = empty((*x.shape[:-1], outputs), x)
     threads = torch.get_num_threads()
     tasks = -(-outputs * length * x.element_size() // (_BYTES_PER_TASK * threads)) * threads
     per_task = -(-outputs // (tasks * _STRIPE)) * _STRIPE

@@ -10,17 +10,21 @@ arguments, then float64 ones. It draws tasks with `next_task` until none is left
 threads and uneven cores do not matter. What a task computes never depends on the number of threads.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numba
 import torch
+from torch import Tensor
 
 from rayllm_kernels.simd import fetch_increment, inlined, load_f64, load_i64
 
@@ -70,6 +74,42 @@ def _load_parallel() -> Callable[[int, object, int, int], None] | None:
 
 
 _parallel = _load_parallel()
+PARALLEL_ADDRESS = 0 if _parallel is None else ctypes.cast(cast(Any, _parallel), ctypes.c_void_p).value or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel that was started, with a copy of its argument block."""
+
+    function: int
+    block: ctypes.Array[ctypes.c_char]
+    threads: int
+
+
+class _Recording(threading.local):
+    launches: list[Launch] | None = None
+    allocate: Callable[[Sequence[int], torch.dtype], Tensor] | None = None
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recording(allocate: Callable[[Sequence[int], torch.dtype], Tensor]) -> Iterator[list[Launch]]:
+    """Within, this thread's kernels run as ever and are noted; their outputs come from `allocate`."""
+    assert _recording.launches is None, "a recording within a recording"
+    _recording.launches, _recording.allocate = [], allocate
+    try:
+        yield _recording.launches
+    finally:
+        _recording.launches = _recording.allocate = None
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An output in the dtype and on the device of `like`: all that kernels return is allocated here."""
+    if _recording.allocate is not None:
+        return _recording.allocate(shape, like.dtype)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 class Kernel:
@@ -119,6 +159,8 @@ class Kernel:
             self.compile()
         block = self._block.from_buffer_copy(self._layout.pack(0, tasks, *arguments))
         threads = 1 if tasks < self._parallel_from else min(tasks, torch.get_num_threads())
+        if _recording.launches is not None:
+            _recording.launches.append(Launch(self._address, self._block.from_buffer_copy(block), threads))
         if threads > 1 and _parallel is not None:
             _parallel(self._address, block, threads, 0)
         elif self._direct is not None:

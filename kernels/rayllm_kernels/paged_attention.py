@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayllm_kernels.native import Kernel, integer, next_task, real
+from rayllm_kernels.native import Kernel, empty, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
     F32x16,
@@ -314,7 +314,7 @@ def paged_attention(
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend as the module says; `out` (shape and dtype of q) is filled and returned when given."""
-    out_THE = q_THE.new_empty(q_THE.shape) if out is None else out
+    out_THE = empty(q_THE.shape, q_THE) if out is None else out
     sequences, longest = rows_B.shape[0], 0
     if _pages_in_place(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM) and all(
         x.dtype == torch.int32 and x.is_contiguous() for x in (rows_B, query_start_B1, context_lens_B)

@@ -7,8 +7,8 @@ Computes no angles.
 import torch
 from torch import Tensor
 
-from rayllm_kernels.native import Kernel, integer, next_task
-from rayllm_kernels.simd import LANES, add, load, load_bf16, mul, round_bf16, store, store_bf16, sub
+from rayllm_kernels.native import Kernel, empty, integer, next_task
+from rayllm_kernels.simd import LANES, add, inlined, load, load_bf16, mul, round_bf16, store, store_bf16, sub
 
 
 def apply_rotary_reference(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,6 +21,22 @@ def apply_rotary_reference(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE:
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
     return rotate(q_THE), rotate(k_TKE)
+
+
+@inlined
+def rotate_head(source: int, target: int, cos: int, sin: int, half: int, is_bf16: int) -> None:
+    """One head, for use in kernels: `half` bytes of low dimensions, then of high ones. May be in place."""
+    for i in range(0, half, (2 if is_bf16 else 4) * LANES):
+        if is_bf16:
+            low, high = load_bf16(source + i), load_bf16(source + half + i)
+            c, s = load_bf16(cos + i), load_bf16(sin + i)
+            store_bf16(target + i, sub(round_bf16(mul(low, c)), round_bf16(mul(high, s))))
+            store_bf16(target + half + i, add(round_bf16(mul(high, c)), round_bf16(mul(low, s))))
+        else:
+            low, high = load(source + i), load(source + half + i)
+            c, s = load(cos + i), load(sin + i)
+            store(target + i, sub(mul(low, c), mul(high, s)))
+            store(target + half + i, add(mul(high, c), mul(low, s)))
 
 
 def _rotate_heads(block: int) -> None:
@@ -39,17 +55,7 @@ def _rotate_heads(block: int) -> None:
             for head in range(counts[which]):
                 source = sources[which] + (task * pitches[which] + head * head_dim) * item
                 target = targets[which] + (task * counts[which] + head) * head_dim * item
-                for i in range(0, half, LANES * item):
-                    if is_bf16:
-                        low, high = load_bf16(source + i), load_bf16(source + half + i)
-                        c, s = load_bf16(cos + angles + i), load_bf16(sin + angles + i)
-                        store_bf16(target + i, sub(round_bf16(mul(low, c)), round_bf16(mul(high, s))))
-                        store_bf16(target + half + i, add(round_bf16(mul(high, c)), round_bf16(mul(low, s))))
-                    else:
-                        low, high = load(source + i), load(source + half + i)
-                        c, s = load(cos + angles + i), load(sin + angles + i)
-                        store(target + i, sub(mul(low, c), mul(high, s)))
-                        store(target + half + i, add(mul(high, c), mul(low, s)))
+                rotate_head(source, target, cos + angles, sin + angles, half, is_bf16)
         task = next_task(block)
 
 
@@ -58,10 +64,10 @@ _rotate_heads_kernel = Kernel(_rotate_heads, integers=12, parallel_from=8)
 
 def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
     """-> rotated q and k, contiguous. `cos_TE` and `sin_TE` repeat the angles in both halves; the second is read."""
-    if not (_compiled(q_THE, cos_TE, sin_TE) and _compiled(k_TKE, cos_TE, sin_TE)):
+    if not (takes_heads(q_THE, cos_TE, sin_TE) and takes_heads(k_TKE, cos_TE, sin_TE)):
         return apply_rotary_reference(q_THE, k_TKE, cos_TE, sin_TE)
-    q_out = q_THE.new_empty(q_THE.shape)
-    k_out = k_TKE.new_empty(k_TKE.shape)
+    q_out = empty(q_THE.shape, q_THE)
+    k_out = empty(k_TKE.shape, k_TKE)
     _rotate_heads_kernel(
         q_THE.shape[0],
         q_THE.data_ptr(),
@@ -80,7 +86,7 @@ def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -
     return q_out, k_out
 
 
-def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def takes_heads(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors: heads of a token side by side."""
     return (
         not torch.is_grad_enabled()

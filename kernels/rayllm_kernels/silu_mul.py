@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayllm_kernels.native import Kernel, integer, next_task
+from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
     add,
@@ -62,7 +62,7 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     if not (_compiled(gate_TF) and _compiled(up_TF) and gate_TF.dtype == up_TF.dtype):
         return silu_mul_reference(gate_TF, up_TF)
     rows, size = gate_TF.shape
-    out = gate_TF.new_empty((rows, size))
+    out = empty((rows, size), gate_TF)
     _gate_rows_kernel(
         rows * -(-size // _COLUMNS_PER_TASK),
         gate_TF.data_ptr(),

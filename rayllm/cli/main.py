@@ -28,7 +28,7 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
-app.command("eval", epilog=evaluation.EXAMPLES)(evaluation.evaluate)
+app.add_typer(evaluation.app, name="eval")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 
 

@@ -98,9 +98,14 @@ def start_local(prepared: Prepared) -> tuple[Executor, int]:
     """One rank in this process."""
     if prepared.config.parallel.world_size != 1:
         raise ConfigError("a model in this process has one shard; tensor or pipeline parallel ranks need Ray")
-    runner = load_runner(prepared.shard, Mesh.single())
-    runner.init_cache(runner.num_blocks_that_fit)
-    return LocalExecutor(runner), runner.num_blocks_that_fit
+
+    def load() -> ModelRunner:
+        runner = load_runner(prepared.shard, Mesh.single())
+        runner.init_cache(runner.num_blocks_that_fit)
+        return runner
+
+    executor = LocalExecutor(load)
+    return executor, executor.num_blocks
 
 
 def load_runner(shard: ShardConfig, mesh: Mesh) -> ModelRunner:

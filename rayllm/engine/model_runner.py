@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rayllm.core.config import EngineConfig
 from rayllm.core.errors import ConfigError
+from rayllm.engine.decode_graphs import DecodeGraphs
 from rayllm.engine.kv_cache import KVCache, KVLayout, cache_dtype, num_blocks_that_fit
 from rayllm.engine.paged_context import PagedContext
 from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
@@ -61,6 +62,9 @@ class ModelRunner:
             max_model_len=max_model_len,
             block_size=config.cache.block_size,
         )
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cpu" and mesh.tp_group is None:
+            self._graphs = DecodeGraphs(self._model, config.scheduler.max_num_seqs, dtype)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # seq_id -> how many alternatives, from which token on
         self._dynamic_rope = spec.rope is not None and spec.rope.type == "dynamic"
         self._samples = mesh.is_last_stage and mesh.tp_rank == 0
@@ -137,8 +141,10 @@ class ModelRunner:
         else:
             hidden_size = self._model.spec.hidden_size
             x = recv_hidden(self._mesh, num_tokens, hidden_size, self._dtype, self._device)
-        hidden_TD: Tensor = self._model(x, self._on_device(arrays.positions_T), context)
-        return hidden_TD
+        x_TD, rotation = self._model.embed(x, self._on_device(arrays.positions_T), context.rope_lengths_T)
+        if self._graphs is not None:
+            return self._graphs.transform(x_TD, rotation, context)
+        return self._model.transform(x_TD, rotation, context)
 
     def _sample(
         self, batch: Batch, arrays: StepArrays, hidden_TD: Tensor

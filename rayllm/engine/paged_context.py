@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rayllm.engine.kv_cache import KVCache
-from rayllm_kernels.paged_attention import paged_attention
-from rayllm_kernels.store_kv import store_kv
+from rayllm.models.rope import Rotation
+from rayllm_kernels import paged_attention, rotary_store_kv, store_kv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,10 +22,23 @@ class PagedContext:
     rope_lengths_T: Tensor | None
 
     def attend(
-        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        rotation: Rotation | None,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         k_pages, v_pages = self.cache.pages(layer)
-        store_kv(k_TKE, v_TKE, k_pages, v_pages, self.slots_T)
+        if rotation is None:
+            store_kv(k_TKE, v_TKE, k_pages, v_pages, self.slots_T)
+        else:
+            q_THE = rotary_store_kv(
+                q_THE, k_TKE, v_TKE, rotation.cos_TE, rotation.sin_TE, k_pages, v_pages, self.slots_T
+            )
         return paged_attention(
             q_THE,
             k_pages,

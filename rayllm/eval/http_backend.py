@@ -49,6 +49,8 @@ class HttpBackend:
 
     @property
     def usage(self) -> Usage | None:
+        if self._spans is None:
+            return None
         return Usage(prompt_tokens=self._prompt_tokens, cached_tokens=self._cached_tokens)
 
     def run(self, requests: Sequence[Request], seeds: Sequence[int], on_response: OnResponse) -> None:

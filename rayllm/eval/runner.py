@@ -19,7 +19,7 @@ from rayllm.eval.backend import Backend
 from rayllm.eval.data import Data
 from rayllm.eval.record import RunInfo, make_row, score_of
 from rayllm.eval.samples import SampleStore
-from rayllm.eval.task import Document, Metric, Request, Response, Score, Scored, Task, choose_shots
+from rayllm.eval.task import Document, Metric, Request, Response, Score, Scored, ShotOrder, Task, choose_shots
 
 # Of one call of the backend: bounds what is held in memory; each call ends with the engine running empty.
 _REQUESTS_PER_CALL = 8192
@@ -93,7 +93,7 @@ def run_task(
     num_fewshot = task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
     items = _items(task, documents, data, num_fewshot, settings.seed)
     store = SampleStore(output, task.name)
-    scores: dict[_Key, Score] = {(row["subject"], row["index"]): score_of(row) for row in store.rows()}
+    scores = _scores_so_far(store, task, documents)
     missing = [item for item in items if _key(item.document) not in scores]
     info = RunInfo(
         model=backend.model, weight_version=backend.weight_version, num_fewshot=num_fewshot, seed=settings.seed
@@ -166,12 +166,12 @@ class _Scorer:
 
 def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: int, seed: int) -> list[_Item]:
     pool: Mapping[str, Sequence[Document]] = task.shots(data) if num_fewshot else {}
+    spare = 1 if task.shot_order is ShotOrder.RANDOM_OTHERS else 0
     for subject in sorted({document.subject for document in documents} if num_fewshot else ()):
-        if len(pool.get(subject, ())) < num_fewshot:
-            raise ConfigError(
-                f"{task.name}: {num_fewshot} shots are asked for, but there are {len(pool.get(subject, ()))}"
-                + (f" of {subject}" if subject else "")
-            )
+        available = max(0, len(pool.get(subject, ())) - spare)
+        if available < num_fewshot:
+            of_what = f" of {subject}" if subject else ""
+            raise ConfigError(f"{task.name}: {num_fewshot} shots are asked for, but there are {available}{of_what}")
     shots = choose_shots(documents, pool, num_fewshot, task.shot_order)
     return [
         _Item(
@@ -181,6 +181,21 @@ def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: i
         )
         for document, chosen in zip(documents, shots, strict=True)
     ]
+
+
+def _scores_so_far(store: SampleStore, task: Task, documents: Sequence[Document]) -> dict[_Key, Score]:
+    """Raises ConfigError where the rows are not of this task as it is now and of these documents."""
+    scores: dict[_Key, Score] = {}
+    targets = {_key(document): task.target(document) for document in documents}
+    for row in store.rows():
+        key = (row["subject"], row["index"])
+        if row["task_version"] != task.version or row["target"] != targets.get(key, row["target"]):
+            raise ConfigError(
+                f"the output folder holds samples of {task.name} that another version of it, or other data, has given; "
+                "choose another --output"
+            )
+        scores[key] = score_of(row)
+    return scores
 
 
 def _document_seed(seed: int, task: str, document: Document) -> int:

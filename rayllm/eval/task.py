@@ -120,6 +120,7 @@ Scored = tuple[Document, Score]
 class ShotOrder(Enum):
     FIRST = "first"  # the first ones, the same for every document
     RANDOM = "random"  # drawn anew for each document, by one generator for each subject
+    RANDOM_OTHERS = "random_others"  # one more is drawn, and one that equals the document is left out
 
 
 class Task(ABC):
@@ -202,7 +203,10 @@ def mean_metric(name: str, values: Sequence[float], group: str = "") -> Metric:
 def choose_shots(
     documents: Iterable[Document], pool: Mapping[str, Sequence[Document]], num_shots: int, order: ShotOrder
 ) -> list[Sequence[Document]]:
-    """The shots of each document, as lm-eval takes them: so they depend on the documents before it in its subject."""
+    """The shots of each document, as lm-eval takes them: so they depend on the documents before it in its subject.
+
+    `pool` holds `num_shots` of each subject at least, and one more where the document itself is left out.
+    """
     generators: dict[str, random.Random] = {}
     chosen: list[Sequence[Document]] = []
     for document in documents:
@@ -211,5 +215,17 @@ def choose_shots(
             chosen.append(shots[:num_shots])
         else:
             generator = generators.setdefault(document.subject, random.Random(FEWSHOT_SEED))
-            chosen.append(generator.sample(shots, num_shots))
+            others = order is ShotOrder.RANDOM_OTHERS
+            chosen.append(_draw(generator, shots, num_shots, leave_out=document if others else None))
     return chosen
+
+
+def _draw(
+    generator: random.Random, pool: Sequence[Document], num_shots: int, *, leave_out: Document | None
+) -> Sequence[Document]:
+    if leave_out is None:
+        return generator.sample(pool, num_shots)
+    drawn = [shot for shot in generator.sample(pool, num_shots + 1) if shot.fields != leave_out.fields]
+    if len(drawn) < num_shots:  # it is in the pool more than once
+        return generator.sample([shot for shot in pool if shot.fields != leave_out.fields], num_shots)
+    return drawn[:num_shots]

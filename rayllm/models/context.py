@@ -1,8 +1,8 @@
 """Attention as the decoder sees it, and its dense form for training and tests.
 
-The decoder computes q, k and v of a step's tokens, all sequences flat, and asks its context to attend; where keys of
-earlier steps are kept is the context's business alone. Letters: T tokens of the step, S tokens of one sequence,
-H query heads, K kv heads, E head_dim.
+The decoder computes q, k and v of a step's tokens, all sequences flat, and asks its context to attend; when they are
+rotated and where keys of earlier steps are kept is the context's business alone. Letters: T tokens of the step,
+S tokens of one sequence, H query heads, K kv heads, E head_dim.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from rayllm.models.rope import Rotation
 
 
 class ForwardContext(Protocol):
@@ -24,10 +26,21 @@ class ForwardContext(Protocol):
         """
 
     def attend(
-        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        rotation: Rotation | None,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
-        """-> [T, H, E]. Causal within each sequence; `layer` counts over the whole model; `window`: keys that a query
-        sees, itself included (None: all before it). Query head h reads kv head h // (H / K)."""
+        """-> [T, H, E]. Causal within each sequence. Query head h reads kv head h // (H / K).
+
+        `layer` counts over the whole model. `rotation` is yet to be applied to q and k (None: learned positions).
+        `window`: keys that a query sees, itself included (None: all before it).
+        """
 
 
 class DenseContext:
@@ -47,8 +60,18 @@ class DenseContext:
         return self._lengths_T
 
     def attend(
-        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        rotation: Rotation | None,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
+        if rotation is not None:
+            q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
         q_HTE, k_KTE, v_KTE = q_THE.transpose(0, 1), k_TKE.transpose(0, 1), v_TKE.transpose(0, 1)
         outputs = []
         for start, stop in self._bounds:

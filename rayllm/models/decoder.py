@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rayllm.models.context import ForwardContext
-from rayllm.models.layers import Block, Linear, make_norm
-from rayllm.models.rope import RotaryEmbedding
+from rayllm.models.layers import Block, Linear, add_norm, make_norm
+from rayllm.models.rope import RotaryEmbedding, Rotation
 from rayllm.models.spec import DecoderSpec
 
 
@@ -39,16 +39,27 @@ class Decoder(nn.Module):
 
         -> hidden states [T, D], normalised where there is a last norm: what `logits` takes.
         """
+        x_TD, rotation = self.embed(x, positions_T, context.rope_lengths_T)
+        return self.transform(x_TD, rotation, context)
+
+    def embed(self, x: Tensor, positions_T: Tensor, rope_lengths_T: Tensor | None) -> tuple[Tensor, Rotation | None]:
+        """The part before the first block: -> hidden states [T, D], and the angles for all blocks."""
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions_T)
-        rotation = None
-        if self.rotary is not None:
-            rotation = self.rotary.rotation(positions_T, context.rope_lengths_T, x.dtype)
+        if self.rotary is None:
+            return x, None
+        return x, self.rotary.rotation(positions_T, rope_lengths_T, x.dtype)
+
+    def transform(self, x_TD: Tensor, rotation: Rotation | None, context: ForwardContext) -> Tensor:
+        """All blocks and the last norm."""
+        residual_TD = None
         for block in self.layers.values():
-            x = block(x, rotation, context)
-        return x if self.norm is None else self.norm(x)
+            x_TD, residual_TD = block(x_TD, residual_TD, rotation, context)
+        if self.norm is not None:
+            return add_norm(self.norm, x_TD, residual_TD)[0]
+        return x_TD if residual_TD is None else residual_TD + x_TD
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """-> [T, V], in the dtype of the weights. Only on the last pipeline stage."""

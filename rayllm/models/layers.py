@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rayllm.models.context import ForwardContext
 from rayllm.models.rope import Rotation
 from rayllm.models.spec import Activation, DecoderSpec
-from rayllm_kernels import linear, rms_norm, silu_mul
+from rayllm_kernels import add_rms_norm, linear, rms_norm, silu_mul
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -51,6 +51,16 @@ def make_norm(spec: DecoderSpec) -> nn.Module:
     return RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
+def add_norm(norm: nn.Module, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> (norm(residual + x), residual + x). `residual` None: zero."""
+    if residual_TD is None:
+        return norm(x_TD), x_TD
+    if isinstance(norm, RMSNorm):
+        return add_rms_norm(x_TD, residual_TD, norm.weight, norm.eps)
+    summed_TD = residual_TD + x_TD
+    return norm(summed_TD), summed_TD
+
+
 class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
@@ -70,9 +80,7 @@ class Attention(nn.Module):
         q_THE, k_TKE, v_TKE = self.project(x_TD)
         if self.q_norm is not None and self.k_norm is not None:
             q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
-        if rotation is not None:
-            q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
-        out_THE = context.attend(self.layer, q_THE, k_TKE, v_TKE, scale=self.scale, window=self.window)
+        out_THE = context.attend(self.layer, q_THE, k_TKE, v_TKE, rotation, scale=self.scale, window=self.window)
         output: Tensor = self.o_proj(out_THE.flatten(1))
         return output
 
@@ -126,7 +134,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(spec)
         self.mlp: nn.Module = GatedMlp(spec) if spec.gated_mlp else Mlp(spec)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation | None, context: ForwardContext) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, context)
-        output: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return output
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, rotation: Rotation | None, context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream is `residual + x`, so that each sum is taken together with the norm that follows it."""
+        x_TD, residual_TD = add_norm(self.input_layernorm, x_TD, residual_TD)
+        x_TD = self.self_attn(x_TD, rotation, context)
+        x_TD, residual_TD = add_norm(self.post_attention_layernorm, x_TD, residual_TD)
+        return self.mlp(x_TD), residual_TD

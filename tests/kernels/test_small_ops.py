@@ -12,6 +12,7 @@ from rayllm_kernels import (
     apply_rotary_reference,
     rms_norm,
     rms_norm_reference,
+    rotary_store_kv,
     silu_mul,
     silu_mul_reference,
 )
@@ -63,6 +64,18 @@ def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 4), (7, 3), (9, 1)])
+def test_rms_norm_of_heads_within_a_fused_product(tokens: int, heads: int, dtype: torch.dtype) -> None:
+    qkv, weight = randn(tokens, heads + 2, 32, dtype=dtype, scale=3.0), randn(32, dtype=dtype)
+    part = qkv[:, 1 : 1 + heads]
+    result = rms_norm(part, weight, 1e-5)
+    assert result.is_contiguous()
+    assert torch.equal(result, rms_norm(part.contiguous(), weight, 1e-5))
+    assert_near(result, rms_norm_reference(part, weight, 1e-5))
+
+
+@torch.inference_mode()
 def test_rms_norm_of_zeros_and_of_large_values() -> None:
     weight = torch.ones(64)
     assert torch.equal(rms_norm(torch.zeros(2, 64), weight, 1e-5), torch.zeros(2, 64))
@@ -88,6 +101,35 @@ def test_rotary(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: to
         torch.testing.assert_close(result, reference, rtol=0, atol=0 if dtype == torch.bfloat16 else 1e-6)
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(result.float(), theirs[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cache_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 20])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(1, 9, 3), (33, 4, 4), (5, 5, 1)])
+def test_rotary_store_kv(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    page, blocks = 4, 12
+    qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    before = qkv.clone()
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    angles = randn(tokens, head_dim // 2, dtype=torch.float32, scale=9.0).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    k_cache, v_cache = (torch.full((blocks, page, kv_heads, head_dim), torch.nan, dtype=cache_dtype) for _ in range(2))
+    slots = torch.randperm(blocks * page, generator=torch.Generator().manual_seed(0))[:tokens]
+    result = rotary_store_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+    q_rotated, k_rotated = apply_rotary_reference(q, k, cos, sin)
+    torch.testing.assert_close(result, q_rotated, rtol=0, atol=0 if dtype == torch.bfloat16 else 1e-6)
+    atol = 0 if cache_dtype == dtype == torch.bfloat16 else 1e-6 if cache_dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(k_cache.flatten(0, 1)[slots], k_rotated.to(cache_dtype), rtol=0, atol=atol)
+    assert torch.equal(v_cache.flatten(0, 1)[slots], v.to(cache_dtype))
+    untouched = torch.ones(blocks * page, dtype=torch.bool)
+    untouched[slots] = False
+    assert k_cache.flatten(0, 1)[untouched].isnan().all()
+    assert v_cache.flatten(0, 1)[untouched].isnan().all()
+    assert torch.equal(qkv, before)
 
 
 @torch.inference_mode()

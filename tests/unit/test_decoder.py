@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.context import DenseContext
 from rayllm.models.decoder import Decoder
+from rayllm.models.rope import Rotation
 from rayllm.parallel.load import load_shard
 from rayllm.parallel.mesh import Mesh
 from tests.tiny_models import CASES, save_tiny
@@ -98,9 +99,19 @@ class CachingContext:
         return self
 
     def attend(
-        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        rotation: Rotation | None,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         assert window is None
+        assert rotation is not None
+        q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
         if layer in self._cache:
             k_TKE, v_TKE = (torch.cat(pair) for pair in zip(self._cache[layer], (k_TKE, v_TKE), strict=True))
         self._cache[layer] = k_TKE, v_TKE

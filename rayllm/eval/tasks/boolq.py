@@ -1,9 +1,10 @@
 """BoolQ (Clark et al. 2019): yes or no, by a passage."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from rayllm.eval.data import Data, Packaged, Row, Table
-from rayllm.eval.task import Document
+from rayllm.eval.task import Document, ShotOrder
 from rayllm.eval.tasks.multiple_choice import MultipleChoice
 
 
@@ -11,6 +12,7 @@ class BoolQ(MultipleChoice):
     name = "boolq"
     version = "2.0"
     metrics: tuple[str, ...] = ("acc",)
+    shot_order: ClassVar[ShotOrder] = ShotOrder.RANDOM_OTHERS
 
     def documents(self, data: Data) -> Sequence[Document]:
         return data.documents(_table("validation"))

@@ -1,15 +1,17 @@
 """PIQA (Bisk et al. 2020): which of two ways reaches a goal."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from rayllm.eval.data import Data, Packaged, Table
-from rayllm.eval.task import Document
+from rayllm.eval.task import Document, ShotOrder
 from rayllm.eval.tasks.multiple_choice import MultipleChoice
 
 
 class Piqa(MultipleChoice):
     name = "piqa"
     version = "1.0"
+    shot_order: ClassVar[ShotOrder] = ShotOrder.RANDOM_OTHERS
 
     def documents(self, data: Data) -> Sequence[Document]:
         return data.documents(_table("validation"))

@@ -1,9 +1,10 @@
 """WinoGrande (Sakaguchi et al. 2020): which of two names fills the blank, by the likelihood of what follows it."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from rayllm.eval.data import Data, Packaged, Table
-from rayllm.eval.task import TARGET_DELIMITER, Document, Loglikelihood, Request
+from rayllm.eval.task import TARGET_DELIMITER, Document, Loglikelihood, Request, ShotOrder
 from rayllm.eval.tasks.multiple_choice import MultipleChoice
 
 
@@ -13,6 +14,7 @@ class WinoGrande(MultipleChoice):
     name = "winogrande"
     version = "1.0"
     metrics: tuple[str, ...] = ("acc",)
+    shot_order: ClassVar[ShotOrder] = ShotOrder.RANDOM_OTHERS
 
     def documents(self, data: Data) -> Sequence[Document]:
         return data.documents(_table("validation"))
