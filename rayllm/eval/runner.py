@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class TaskResult:
     num_documents: int
     num_resumed: int  # of them scored by an earlier run in the same folder
     metrics: Sequence[Metric]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         groups: dict[str, dict[str, Any]] = {}
@@ -57,6 +58,7 @@ class TaskResult:
             "version": self.version,
             "num_fewshot": self.num_fewshot,
             "num_resumed": self.num_resumed,
+            "environment": dict(self.environment),
             **groups.pop("", {"num_documents": self.num_documents, "metrics": {}}),
             "groups": groups,
         }
@@ -123,6 +125,7 @@ def run_task(
         num_documents=len(documents),
         num_resumed=num_resumed,
         metrics=task.aggregate(scored),
+        environment=task.environment(),
     )
 
 

@@ -178,6 +178,10 @@ class Task(ABC):
         """The parts of the task, besides the whole, that the document counts towards."""
         return (document.subject,) if document.subject else ()
 
+    def environment(self) -> Mapping[str, str]:
+        """What else the scores depend on, for the record: what ran a program, say."""
+        return {}
+
     def aggregate(self, scored: Sequence[Scored]) -> list[Metric]:
         """The mean over all documents of each metric (a micro average), then that over each group."""
         parts: dict[str, list[Score]] = {"": [score for _, score in scored]}

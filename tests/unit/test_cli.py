@@ -36,6 +36,7 @@ FROZEN = {
     "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
     "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
     "eval": "",
+    "eval report": "runs --output -o --json",
     "eval run": (
         f"model {ENGINE} --tasks --url --num-fewshot --limit --data --output --seed --allow-code-execution --json"
     ),

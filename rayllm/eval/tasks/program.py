@@ -1,7 +1,7 @@
 """What the tasks share in which the model writes a program: it is run against the problem's tests, in a sandbox."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from rayllm.eval.pass_at_k import pass_at_k
@@ -26,6 +26,9 @@ class ProgramTask(Generation):
     @abstractmethod
     def check(self, document: Document, text: str) -> Check:
         """The program that `text` makes, with the problem's tests."""
+
+    def environment(self) -> Mapping[str, str]:
+        return {"sandbox": str(shared_sandbox().isolation)}
 
     def score_texts(self, document: Document, texts: Sequence[str]) -> Score:
         checks = [self.check(document, text) for text in texts]
