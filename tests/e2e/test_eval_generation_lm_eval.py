@@ -3,6 +3,7 @@
 The texts are right and wrong answers written from the data, and those of SmolLM2-135M-Instruct.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.lm_eval_replay import Judged, asked, judged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "generation.json"
 MATH = {
     "algebra": "algebra",
     "counting_and_prob": "counting_and_prob",
@@ -242,3 +244,12 @@ def test_generated_texts_are_the_same(name: str, backend: LocalBackend, model: P
     generated: list[Any] = [sample.requests[0].text for sample in theirs.samples]
     assert len(ours) == len(documents)
     assert ours == generated
+
+
+@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text(encoding="utf-8")), ids=lambda case: case["task"])
+def test_the_golden_file_is_what_lm_eval_asks(case: Any, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "data", tables_of(case["task"])[0], [case["document"]])
+    (request,) = asked(tmp_path, case["config"], {"test": path, "train": path})
+    assert request.prompt == case["prompt"]
+    assert list(request.until) == case["until"]
+    assert (request.max_tokens or 256) == case["max_tokens"]
