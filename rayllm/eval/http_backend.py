@@ -107,7 +107,9 @@ class HttpBackend:
     def _score_echo(self, request: Loglikelihood) -> Likelihood:
         context = request.context.rstrip()
         body = {"prompt": request.context + request.continuation, "max_tokens": 1, "temperature": 0, "logprobs": 1}
-        logprobs = self._complete({**body, "echo": True})[0]["logprobs"]
+        logprobs = self._complete({**body, "echo": True})[0].get("logprobs")
+        if not logprobs:
+            raise RayLLMError(f"{self._url}: gives no log-probabilities of a prompt (echo with logprobs)")
         end = len(request.context) + len(request.continuation)
         parts = []
         rows = zip(logprobs["text_offset"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
@@ -115,7 +117,7 @@ class HttpBackend:
             if logprob is not None and len(context) <= offset < end:
                 parts.append(Likelihood(logprob=logprob, num_tokens=1, is_greedy=logprob >= max(top.values())))
         if not parts:
-            raise RayLLMError(f"{self._url}: gives no log-probabilities of a prompt (echo with logprobs)")
+            raise RayLLMError(f"{self._url}: gives no log-probabilities of the end of a prompt (echo with logprobs)")
         return add_up(parts)
 
     def _generate(self, request: Generate, seed: int) -> Generated:

@@ -7,6 +7,7 @@ DIR/results.json                  the metrics of each task that is done
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.eval.record import SCHEMA
 
+# A shard is written when it has so many rows or is so old: what a killed run may lose.
 _SHARD_ROWS = 256
+_SHARD_SECONDS = 10.0
 
 
 class SampleStore:
@@ -26,6 +29,7 @@ class SampleStore:
     def __init__(self, directory: Path | None, task: str) -> None:
         self._directory = None if directory is None else directory / "samples" / task
         self._rows: list[dict[str, Any]] = []
+        self._written = time.monotonic()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Those that earlier runs have written."""
@@ -35,10 +39,11 @@ class SampleStore:
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        if len(self._rows) >= _SHARD_ROWS:
+        if len(self._rows) >= _SHARD_ROWS or time.monotonic() - self._written >= _SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
+        self._written = time.monotonic()
         if self._directory is None or not self._rows:
             self._rows.clear()
             return

@@ -14,7 +14,7 @@ from rayllm.core.errors import ConfigError, DataError
 from rayllm.core.types import SamplingParams
 from rayllm.eval.data import Data, Table
 from rayllm.eval.local_backend import LocalBackend
-from rayllm.eval.samples import claim, write_results
+from rayllm.eval.samples import SampleStore, claim, write_results
 from rayllm.eval.task import Document, Generate, Generated, Request, Response, Score, Task
 from tests.eval_documents import ANATOMY, PAGES
 from tests.eval_runs import answers, rows, run, write_table
@@ -224,6 +224,21 @@ class TestResume:
         write_table(tmp_path / "other", Table(name="baber/piqa", split="validation", columns=()), goals)
         with pytest.raises(ConfigError, match="holds samples of piqa that another version of it, or other data"):
             run("piqa", backend, Data(tmp_path / "other"), tmp_path)
+
+    def test_a_shard_is_written_when_it_is_full_or_old(self, tmp_path, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr("rayllm.eval.samples.time.monotonic", lambda: now[0])
+        store = SampleStore(tmp_path, "piqa")
+        written = []
+        for seconds in (0, 9, 11, 12, 13, 22):
+            now[0] = seconds
+            store.add({"index": seconds})
+            written.append(len(list(store.rows())))
+        assert written == [0, 0, 3, 3, 3, 6]
+        monkeypatch.setattr("rayllm.eval.samples._SHARD_ROWS", 2)
+        store.add({"index": 1})
+        store.add({"index": 2})
+        assert len(list(store.rows())) == 8
 
     def test_a_damaged_shard_is_named(self, backend, data, tmp_path):
         run("piqa", backend, data, tmp_path)
