@@ -1,7 +1,7 @@
 """`python -m rayllm.eval.sandbox.launcher`: starts one confined process, and ends it when it is told to.
 
-Its order comes as JSON on stdin, whose first line is the order; when stdin ends after that, so does the confined
-process. What keeps it from confining goes to stderr, and then nothing has been run.
+Its order is the first line of stdin, as JSON. When stdin ends after that, so does the confined process. What keeps it
+from confining goes to stderr, and then nothing has been run.
 """
 
 import json
@@ -27,7 +27,8 @@ _CLOCK_TICK_S = 0.1  # the limit is kept to the tick, the accounts are exact
 
 def main() -> None:
     sys.path.remove(os.environ.pop("PYTHONPATH"))
-    order: dict[str, Any] = json.loads(os.fdopen(os.dup(0), "rb", buffering=0).readline())
+    with os.fdopen(os.dup(0), "rb") as orders:
+        order: dict[str, Any] = json.loads(orders.readline())
     jail = Jail(
         isolation=Isolation(order["isolation"]),
         limits=Limits(**order["limits"]),
