@@ -21,7 +21,8 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """`prompt_logprobs` has one entry for each prompt token, the first of them None; None when not asked for."""
+    """`prompt_logprobs` has one entry for each prompt token, None for those before `prompt_logprobs_start`; None when
+    not asked for."""
 
     request_id: str
     model: str

@@ -62,13 +62,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        on_output: Callable[[RequestOutput], None] | None = None,
+        on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
-        """Answers in the order of the prompts; `on_output` hears of each as it is done.
+        """Answers in the order of the prompts; `on_output` hears of each as it is done, with its prompt's index.
 
         Raises InvalidRequestError for a bad prompt before any of them is run.
         """
         requests, outputs = self._requests(_as_list(prompts), sampling_params)
+        indices = {request.request_id: index for index, request in enumerate(requests)}
         for request in requests:
             self._processor.add(request)
             self._engine.add(request)
@@ -79,7 +80,7 @@ class LLM:
                         self._engine.abort(request_id, delta.index)
                     _collect(outputs[request_id], delta)
                     if on_output is not None and not self._processor.is_live(request_id):
-                        on_output(outputs[request_id])
+                        on_output(indices[request_id], outputs[request_id])
         finally:
             for request in requests:
                 self._engine.abort(request.request_id)

@@ -164,7 +164,7 @@ class Scheduler:
             group = sequence.group
             if group.wants_prompt_logprobs:
                 assert answer.prompt_logprobs is not None, f"sequence {sequence.seq_id}: prompt logprobs are missing"
-                group.add_prompt_logprobs(scheduled.start, answer.prompt_logprobs)
+                group.add_prompt_logprobs(scheduled.start + scheduled.num_tokens, answer.prompt_logprobs)
             if group.held and sequence.num_computed_tokens >= len(sequence.prompt_token_ids):
                 self._release_siblings(sequence)
             if scheduled.sample:
@@ -302,9 +302,11 @@ class Scheduler:
         sequence.num_computed_tokens = len(hits) * self._block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
-            if not sequence.group.wants_prompt_logprobs:
-                self.prefix_query_tokens += sequence.num_tokens
-                self.prefix_hit_tokens += sequence.num_computed_tokens
+            group = sequence.group
+            self.prefix_query_tokens += (
+                group.num_prompt_logprobs - 1 if group.wants_prompt_logprobs else sequence.num_tokens
+            )
+            self.prefix_hit_tokens += sequence.num_computed_tokens
         return True
 
     def _prefix_hits(self, sequence: Sequence) -> list[int]:

@@ -141,6 +141,36 @@ def test_logprobs_are_the_models_own(llm, tiny_model, prompts):
             assert [value for _, value in scored.top] == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_scores_from_a_start_and_of_asked_tokens(llm, tiny_model, prompts, warm):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    asked = (7, 0, 200)
+    for prompt in prompts:
+        if warm:
+            llm.generate(prompt, GREEDY)
+        start = max(1, len(prompt) - 3)
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            logprobs=1,
+            logprob_token_ids=asked,
+            prompt_logprobs=0,
+            prompt_logprobs_start=start,
+        )
+        (output,) = llm.generate(prompt, params)
+        with torch.inference_mode():
+            reference = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+        assert output.num_cached_tokens == ((start - 1) // 16 * 16 if warm else 0)
+        assert output.prompt_logprobs[:start] == [None] * start
+        scores = [position.logprob for position in output.prompt_logprobs[start:]]
+        expected = [reference[i - 1, prompt[i]].item() for i in range(start, len(prompt))]
+        assert scores == pytest.approx(expected, abs=1e-4)
+        best, *others = output.outputs[0].logprobs[0].top
+        assert best[0] == output.outputs[0].token_ids[0]
+        assert [token for token, _ in others] == list(asked)
+        assert [value for _, value in others] == pytest.approx(reference[-1, list(asked)].tolist(), abs=1e-4)
+
+
 def test_stop_token_and_stop_string(llm, prompts, expected):
     stop = next(token for token in expected[2][3:] if token not in expected[2][:3])
     output = llm.generate(prompts[2], SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(stop,)))[0].outputs[
@@ -198,3 +228,9 @@ def test_runs_without_ray_and_without_the_wire_formats(tiny_model):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(",") == 2
+
+
+def test_each_output_is_heard_of_once_with_its_prompts_index(llm, prompts):
+    heard = {}
+    outputs = llm.generate(prompts, GREEDY, on_output=lambda index, output: heard.setdefault(index, output))
+    assert [heard[index] for index in range(len(prompts))] == outputs
