@@ -38,6 +38,7 @@ demo: setup ## Ask the served model one question over HTTP and over gRPC and com
 
 test: lint types contracts proto-check model ## Everything that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu' --durations=15
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton --durations=5
 
 verify: test ## The tests, and those that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --durations=15
