@@ -1,7 +1,7 @@
 """Triton's interpreter: kernels on CPU tensors, by numpy. It has to be chosen before triton is imported first.
 
-So these tests run in a process of their own, `TRITON_INTERPRET=1 pytest tests/kernels/triton` (transformers, which other
-tests import, may import triton), and are left out where their folder is not named.
+So these tests run in a process of their own, `TRITON_INTERPRET=1 pytest tests/kernels/triton` (transformers,
+which other tests import, may import triton), and are left out where their folder is not named.
 
 The interpreter keeps bfloat16 as its bits: it multiplies those as integers (triton issue 11584), cuts instead of
 rounding, and makes integers of what should become bfloat16. Here bfloat16 becomes what a GPU makes of it.
