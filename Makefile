@@ -12,7 +12,8 @@ EVAL_DATA := .eval-data
 REFERENCE := $(VENV)/.reference
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
-.PHONY: help setup serve demo test verify reference chaos lint format types contracts proto proto-check model
+.PHONY: help setup serve demo test verify reference chaos lint format types contracts proto proto-check model \
+	kernels-report kernels-check
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -38,8 +39,9 @@ serve: setup ## Serve the embedded model: HTTP on 8000, gRPC on 9000; Ctrl-C end
 demo: setup ## Ask the served model one question over HTTP and over gRPC and compare the answers
 	$(BIN)/python -m tests.e2e.demo
 
-test: lint types contracts proto-check model ## Everything that CI runs
+test: lint types contracts proto-check model kernels-check ## Everything that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu' --durations=15
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton --durations=5
 
 verify: test reference ## The tests, and those that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --durations=15
@@ -70,6 +72,12 @@ contracts: setup
 
 proto: setup ## Generate rayllm/proto from protos/
 	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=.
+
+kernels-report: setup ## Compile all GPU kernels for sm_90 and write kernels/compile_report.json
+	$(BIN)/python kernels/compile_report.py
+
+kernels-check: setup
+	$(BIN)/python kernels/compile_report.py --check
 
 proto-check: setup
 	@generated=$$(mktemp -d) && trap 'rm -rf "$$generated"' EXIT && \
