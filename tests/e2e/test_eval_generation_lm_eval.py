@@ -62,9 +62,10 @@ def load(name: str, tmp_path: Path, limit: int | None = None) -> tuple[Task, lis
 
 
 def our_requests(task: Task, documents: Sequence[Document]) -> list[Generate]:
-    shots = choose_shots(documents, task.shots(Data(data_folder())), task.num_fewshot, task.shot_order)
+    pool = task.shots(Data(data_folder())) if task.num_fewshot else {}
+    chosen_shots = choose_shots(documents, pool, task.num_fewshot, task.shot_order)
     requests = []
-    for document, chosen in zip(documents, shots, strict=True):
+    for document, chosen in zip(documents, chosen_shots, strict=True):
         (request,) = task.requests(document, task.prompt(document, chosen))
         assert isinstance(request, Generate)
         requests.append(request)
