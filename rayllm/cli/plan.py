@@ -122,7 +122,7 @@ def _print_memory(memory: MemoryPlan, details: ModelPlan | None) -> None:
         "training state",
         f"{memory.num_params:,} x {ADAMW_BYTES_PER_PARAM} bytes"
         " (16-bit weights 2 + gradients 2, float32 master 4 + two AdamW moments 8)",
-        f"{format_bytes(memory.training_bytes)} = {memory.training_gpus} GPUs",
+        f"{format_bytes(memory.training_bytes)} = {_gpus(memory.training_gpus)}",
     )
     if details is not None:
         stored = format_bytes(details.activation_bytes(recompute=False))
@@ -134,6 +134,10 @@ def _print_memory(memory: MemoryPlan, details: ModelPlan | None) -> None:
             f"{stored} ({recomputed})",
         )
     print_table(table)
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 def _print_layouts(details: ModelPlan) -> None:

@@ -61,7 +61,10 @@ def serve(
     with stdout_kept_clean():
         from rayllm.serve.local import serve_local
 
-        server = serve_local(settings)
+        try:
+            server = serve_local(settings)
+        except SystemExit:  # how Ray, once it has started, takes SIGTERM
+            raise KeyboardInterrupt from None
     # An orchestrator asks to stop by SIGTERM; it means the same as Ctrl-C. Only now, for Ray sets a handler of its own.
     # SIGINT too: a shell starts what it puts in the background with SIGINT ignored.
     for signal_number in (signal.SIGINT, signal.SIGTERM):

@@ -61,7 +61,8 @@ def detokenize_request(token_ids: Sequence[int], *, model: str) -> pb.Detokenize
 
 
 def is_chat(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    return is_list and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _chat(messages: Sequence[Mapping[str, str]]) -> pb.Chat:
@@ -83,7 +84,9 @@ def _text(field: str, value: object) -> str:
     return value
 
 
-def _token_ids(field: str, token_ids: Iterable[object]) -> list[int]:
+def _token_ids(field: str, token_ids: object) -> list[int]:
+    if not isinstance(token_ids, Iterable):
+        raise InvalidRequestError(field, f"must be token ids, not {type(token_ids).__name__}")
     checked: list[int] = []
     for token_id in token_ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id <= _MAX_TOKEN_ID:

@@ -9,6 +9,7 @@ from rayllm.core.errors import ConfigError
 from rayllm.core.types import MAX_TOKENS
 
 MAX_NUM_SEQS = 1 << 16  # each has its row of the block table, full or not
+MAX_NUM_BATCHED_TOKENS = 1 << 20  # of one step, whose activations are all held at once
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,6 +91,10 @@ class SchedulerConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
         if self.max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(f"max_num_seqs: {self.max_num_seqs} is more than {MAX_NUM_SEQS}")
+        if self.max_num_batched_tokens > MAX_NUM_BATCHED_TOKENS:
+            raise ConfigError(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens} is more than {MAX_NUM_BATCHED_TOKENS}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,7 +42,7 @@ class ModelLimits:
 
     def _check_lengths(self, prompt_len: int, params: SamplingParams) -> None:
         if prompt_len == 0:
-            raise InvalidRequestError("prompt", "must not be empty")
+            raise InvalidRequestError("prompt", "is empty")
         for capacity, what in (
             (self.max_model_len, "the context holds"),
             (self.max_request_tokens, "the KV cache of this server holds"),

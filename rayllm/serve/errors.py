@@ -35,13 +35,15 @@ class PayloadTooLargeError(RayLLMError):
 
 
 class RouteError(RayLLMError):
-    """There is no such path or service, or not with this method."""
+    """There is no such path or service."""
 
     code: ClassVar[str] = "not_found"
 
-    def __init__(self, http_status: int, message: str) -> None:
-        super().__init__(message)
-        self.http_status = http_status
+
+class MethodError(RayLLMError):
+    """The path is there, but not with this method."""
+
+    code: ClassVar[str] = "method_not_allowed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ _TABLE: dict[type[RayLLMError], _Status] = {
     InvalidRequestError: _Status(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
     ModelNotFoundError: _Status(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     RouteError: _Status(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
+    MethodError: _Status(405, grpc.StatusCode.UNIMPLEMENTED, "invalid_request_error"),
     PayloadTooLargeError: _Status(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid_request_error"),
     CapacityError: _Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
     RequestAbortedError: _Status(499, grpc.StatusCode.CANCELLED, "aborted"),
@@ -114,7 +117,7 @@ def failure(error: Exception) -> Failure:
     elif isinstance(error, ModelNotFoundError):
         field = "model"
     return Failure(
-        http_status=error.http_status if isinstance(error, RouteError) else status.http,
+        http_status=status.http,
         grpc_status=status.grpc,
         type=status.type,
         code=error.code,

@@ -132,7 +132,7 @@ class InferenceServicer:
         async def work() -> health_pb2.HealthCheckResponse:
             service = grpc_messages.parse(health_pb2.HealthCheckRequest, request).service
             if not _is_known(service):
-                raise RouteError(404, f"there is no service {service[:200]!r} here")
+                raise RouteError(f"there is no service {service[:200]!r} here")
             return health_pb2.HealthCheckResponse(status=self._serving_status())
 
         return await _unary(grpc_context, health_pb2.HealthCheckResponse, work)

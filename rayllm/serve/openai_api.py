@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from rayllm.serve.errors import PayloadTooLargeError, RouteError, failure
+from rayllm.core.errors import RayLLMError
+from rayllm.serve.errors import MethodError, PayloadTooLargeError, RouteError, failure
 from rayllm.serve.openai_response import (
     DONE,
     ChoiceOptions,
@@ -165,8 +166,11 @@ class _HttpFace:
     async def refuse_route(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         path = request.url.path[:200]
-        problem = f"{path} does not take {request.method}" if error.status_code == 405 else f"there is no {path} here"
-        refusal = RouteError(error.status_code, problem)
+        refusal: RayLLMError
+        if error.status_code == 405:
+            refusal = MethodError(f"{path} does not take {request.method}")
+        else:
+            refusal = RouteError(f"there is no {path} here")
 
         async def work(reply: _Reply) -> None:
             raise refusal

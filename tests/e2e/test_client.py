@@ -460,6 +460,8 @@ async def test_nobody_there(make_client):
         ([1, -1], {}, "prompt"),
         ([1, 1 << 31], {}, "prompt"),
         ([1, True], {}, "prompt"),
+        (5, {}, "prompt"),
+        (None, {}, "prompt"),
         ([{"role": "user"}], {}, "messages"),
         ([{"role": "user", "content": "hi", "name": "x"}], {}, "messages"),
         ([{"role": "user", "content": 3}], {}, "messages"),

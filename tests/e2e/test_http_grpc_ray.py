@@ -34,7 +34,9 @@ from tests.e2e.bad_input import BAD, MODEL, grpc_request, http_body
 pytestmark = pytest.mark.ray
 
 SCRIPT = """
+import contextlib
 import sys
+import threading
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.local import serve_local
@@ -46,9 +48,10 @@ engine = EngineConfig(
     scheduler=SchedulerConfig(max_num_seqs=4, max_waiting_requests=4),
 )
 config = ServeConfig(engine=engine, model_name="tiny", http_port=int(sys.argv[2]), grpc_port=int(sys.argv[3]))
-with serve_local(config) as server:
+with serve_local(config):
     print("ready", flush=True)
-    server.wait()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
 """
 
 

@@ -336,6 +336,7 @@ def test_configuration_file(tmp_path: Path):
         ("[model]\nmax_len = 3\n", r"model\.max_len: .* the nearest is model\.max_model_len$"),
         ("[scheduler]\nmax_num_seqs = 'many'\n", r"^scheduler\.max_num_seqs: expected `int`, got `str`$"),
         ("[scheduler]\nmax_num_seqs = 1000000000\n", r"max_num_seqs: 1000000000 is more than 65536"),
+        ("[scheduler]\nmax_num_batched_tokens = 9000000\n", r"max_num_batched_tokens: 9000000 is more than 1048576"),
         ("[model]\nmax_model_len = 1000000000\n", r"max_model_len: 1000000000 is more than 16777216"),
         ("[parallel]\ntensor = true\n", r"^parallel\.tensor: expected `int`, got `bool`$"),
         ("[parallel]\ntensor = 0\n", "tensor parallel size: 0 is less than 1"),

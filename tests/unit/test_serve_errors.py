@@ -7,12 +7,13 @@ import grpc
 import pytest
 
 from rayllm.core import errors
-from rayllm.serve.errors import PayloadTooLargeError, RouteError, failure
+from rayllm.serve.errors import MethodError, PayloadTooLargeError, RouteError, failure
 
 TABLE = [
     (errors.InvalidRequestError("top_p", "is odd"), 400, "INVALID_ARGUMENT", "invalid_request"),
     (errors.ModelNotFoundError("no such model"), 404, "NOT_FOUND", "model_not_found"),
-    (RouteError(405, "not so"), 405, "NOT_FOUND", "not_found"),
+    (RouteError("not here"), 404, "NOT_FOUND", "not_found"),
+    (MethodError("not so"), 405, "UNIMPLEMENTED", "method_not_allowed"),
     (PayloadTooLargeError("too much"), 413, "RESOURCE_EXHAUSTED", "payload_too_large"),
     (errors.CapacityError("full", retry_after_s=0.2), 429, "RESOURCE_EXHAUSTED", "over_capacity"),
     (errors.RequestAbortedError("gone"), 499, "CANCELLED", "aborted"),
