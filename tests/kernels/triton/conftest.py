@@ -1,24 +1,22 @@
 """Triton's interpreter: kernels on CPU tensors, by numpy. It has to be chosen before triton is imported first.
 
-So these tests run in a process of their own (`make test` starts one) and are left out where their folder isn't named.
+So these tests run in a process of their own, `TRITON_INTERPRET=1 pytest tests/kernels/triton` (transformers,
+which other tests import, may import triton), and are left out where their folder is not named.
 
 The interpreter keeps bfloat16 as its bits: it multiplies those as integers (triton issue 11584), cuts instead of
 rounding, and makes integers of what should become bfloat16. Here bfloat16 becomes what a GPU makes of it.
 """
 
 import os
-import sys
-
-import pytest
-
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError("tests/kernels/triton needs a process of its own: pytest tests/kernels/triton")
-os.environ["TRITON_INTERPRET"] = "1"
-
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("run these tests as: TRITON_INTERPRET=1 pytest tests/kernels/triton")
+
 import triton.language as tl
 from triton.runtime import interpreter
 
