@@ -52,13 +52,18 @@ class RemoteError(NamedTuple):
 
 
 class ShardLostError(ClusterError):
-    """A shard died, stalled or failed, and with it the whole group. `error`: what the shard's handler raised, if so."""
+    """A shard died, was stopped, stalled or failed, and with it the whole group.
+
+    `error`: what the shard's handler raised, if so. `detection_s`: at most so long after the fault was it noticed; the
+    group sets it.
+    """
 
     def __init__(self, rank: int, cause: str, *, error: RemoteError | None = None) -> None:
         super().__init__(f"shard {rank}: {cause}")
         self.rank = rank
         self.cause = cause
         self.error = error
+        self.detection_s = 0.0
 
 
 class ShardStalledError(ShardLostError):
