@@ -34,15 +34,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """`tensor` ranks hold a slice of every matrix; `pipeline` stages hold some of the layers."""
+    """`tensor` ranks hold a slice of every matrix; `pipeline` stages hold some of the layers.
+
+    `shard_recovery_timeout_s`: when a rank is lost, how long requests wait for new ones before they fail; 0: not at
+    all. The default is for some 100 GB of weights from a local disk, and well within what clients wait for an answer.
+    """
 
     tensor: int = 1
     pipeline: int = 1
+    shard_recovery_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} parallel size: {getattr(self, name)} is less than 1")
+        if not self.shard_recovery_timeout_s >= 0:
+            raise ConfigError(f"shard_recovery_timeout_s: {self.shard_recovery_timeout_s} is negative")
 
     @property
     def world_size(self) -> int:

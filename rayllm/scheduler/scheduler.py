@@ -12,7 +12,7 @@ passes `rayllm.core.limits` fits alone.
 Knows nothing of text, time limits, devices or ranks; ids in, ids out. Not thread-safe.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -188,6 +188,13 @@ class Scheduler:
         self._dying.clear()
         self._running.clear()
         self._blocks.forget_cache()
+
+    def running_tokens(self) -> Counter[str]:
+        """How many tokens each request has generated in the sequences that hold blocks, by its id."""
+        tokens: Counter[str] = Counter()
+        for sequence in self._running.values():
+            tokens[sequence.group.request.request_id] += len(sequence.output_token_ids)
+        return tokens
 
     def check_integrity(self) -> None:
         """Raises AssertionError that says what is wrong, if anything is. Linear in everything; for tests."""
