@@ -40,6 +40,7 @@ class Epoch:
         self._called = 0.0  # when the call that uses the hub began
         self._failing = threading.Lock()
         self._lost: ShardLostError | None = None
+        self._started = False
         self._closing = threading.Event()
         self._closed = False
         self._members: Members | None = None
@@ -69,10 +70,12 @@ class Epoch:
                     port = hub.recv(0, kind=FrameKind.PORT, timeout_s=deadline - time.monotonic())
                     for rank in range(1, len(specs)):
                         hub.send(rank, port, kind=FrameKind.PORT, timeout_s=deadline - time.monotonic())
-                return tuple(
+                ready = tuple(
                     hub.recv(rank, kind=FrameKind.READY, timeout_s=deadline - time.monotonic())
                     for rank in range(len(specs))
                 )
+            self._started = True
+            return ready
 
     def broadcast(self, payload: bytes, *, timeout_s: float) -> None:
         with self._using_hub() as hub:
@@ -129,7 +132,7 @@ class Epoch:
     def _watch(self, members: Members) -> None:
         """In a thread of its own: what Ray knows first, such as a node that is gone; processes that are stopped; and
         deaths between two steps."""
-        while not self._closing.is_set():
+        while self._lost is None and not self._closing.is_set():
             lost = members.lost(_WATCH_S)
             if lost is not None:
                 if not self._closing.is_set():
@@ -169,7 +172,7 @@ class Epoch:
         return self._lost
 
     def _stop(self, members: Members) -> None:
-        if self._hub is not None and self._lost is None:
+        if self._hub is not None and self._started and self._lost is None:
             with contextlib.suppress(ClusterError):
                 self._hub.broadcast(b"", kind=FrameKind.STOP, timeout_s=_STOP_S)
                 members.wait_ended(_STOP_S)

@@ -74,6 +74,8 @@ class Members:
             return ShardLostError(0, "Ray was shut down")
         if not ray.wait(self._runs, num_returns=1, timeout=timeout_s)[0]:
             return self._look_for_stopped()
+        if self._killed:  # this is how they ended
+            return None
         # As in the hub: behind a shard that failed there may be one that died.
         ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=_ROOT_CAUSE_S)
         losses = [self._loss(self._runs.index(run)) for run in ended]
@@ -98,7 +100,7 @@ class Members:
             if ray.is_initialized():
                 for actor in self._actors:
                     ray.kill(actor, no_restart=True)
-            if not self._all_gone(_HEED_S):
+            if self._stopped or not self._all_gone(_HEED_S):
                 self._signal(signal.SIGKILL)
                 if not self._all_gone(_GONE_S):
                     logger.error("A shard's process did not end within %g s of being killed", _GONE_S)

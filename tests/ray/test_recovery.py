@@ -7,18 +7,17 @@ import asyncio
 import os
 import random
 import signal
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rayllm.core.errors import DeadlineExceededError, EngineUnavailableError, RequestAbortedError
+from rayllm.core.errors import CapacityError, DeadlineExceededError, EngineUnavailableError, RequestAbortedError
+from rayllm.core.types import Request, SamplingParams
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.ray_executor import start_ray
-from rayllm_cluster.session import Session
-from tests.ray.faults import Answers, answers, config_of, shard_pids, strike
+from tests.ray.faults import Answers, answer, answers, config_of, noticing, shard_pids, strike
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
 
@@ -41,6 +40,17 @@ def expected(model: Path) -> Answers:
     return asyncio.run(run())
 
 
+def request(name: str, **options: float) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    return Request(request_id=name, prompt_token_ids=(1, 2, 3), params=params, **options)
+
+
+async def settled(engine: AsyncEngine) -> None:
+    while (stats := engine.stats()).free_blocks != stats.total_blocks:
+        await asyncio.sleep(0.001)
+    engine.check_integrity()
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 async def test_streams_go_on_after_a_kill_and_a_stop(
     model: Path, expected: Answers, tensor: int, pipeline: int
@@ -51,8 +61,113 @@ async def test_streams_go_on_after_a_kill_and_a_stop(
     within_s = time.monotonic() - began
     for number in (signal.SIGKILL, signal.SIGSTOP):
         trial = await strike(engine, number, random.Random(number), expected=expected, within_s=within_s)
-        print(number.name, trial)
         assert trial.detection_s < 2
         assert trial.leaks == []
     await engine.close()
     assert shard_pids() == set()
+
+
+async def test_a_shard_that_is_killed_while_it_loads(model: Path, expected: Answers) -> None:
+    """Of the first ranks: the weights are loaded again, and the streams know nothing of it."""
+
+    def kill_one() -> None:
+        while not (shards := shard_pids()):
+            time.sleep(0.01)
+        time.sleep(0.7)  # in the middle of importing torch
+        os.kill(min(shards), signal.SIGKILL)
+
+    with noticing() as noticed:
+        killer = asyncio.create_task(asyncio.to_thread(kill_one))
+        engine = await asyncio.to_thread(AsyncEngine.start, config_of(model, 2), start_ray)
+        await killer
+    assert len(noticed) == 1
+    assert await answers(engine) == expected
+    await engine.close()
+
+
+async def test_losses_one_after_another(model: Path, expected: Answers) -> None:
+    """While nothing runs, while the new shards load, and again in the first steps of those that follow."""
+    engine = await asyncio.to_thread(AsyncEngine.start, config_of(model, 2), start_ray)
+    first = shard_pids()
+    with noticing() as noticed:
+        os.kill(min(first), signal.SIGKILL)
+        while not (second := shard_pids() - first):
+            await asyncio.sleep(0.01)
+        streams = asyncio.create_task(answers(engine))
+        await asyncio.sleep(0.7)
+        engine.check_health()
+        os.kill(min(second), signal.SIGSTOP)
+        while engine.stats().running == 0:
+            await asyncio.sleep(0.001)
+        os.kill(max(shard_pids()), signal.SIGKILL)
+        assert await streams == expected
+    assert len(noticed) == 3
+    assert engine.stats().recoveries == 2
+    await settled(engine)
+    await engine.close()
+
+
+async def test_requests_during_a_recovery(model: Path) -> None:
+    """They queue, and are aborted, cancelled or out of time at once."""
+    engine = await asyncio.to_thread(AsyncEngine.start, config_of(model, 2, max_waiting_requests=4), start_ray)
+    running = asyncio.create_task(answer(engine, request("running")))
+    while engine.stats().running == 0:
+        await asyncio.sleep(0.001)
+    for pid in shard_pids():
+        os.kill(pid, signal.SIGKILL)
+    while engine.stats().running:
+        await asyncio.sleep(0.001)
+    struck = time.monotonic()
+    late = asyncio.create_task(answer(engine, request("late", deadline=struck + 0.2)))
+    aborted = asyncio.create_task(answer(engine, request("aborted")))
+    cancelled = asyncio.create_task(answer(engine, request("cancelled")))
+    await asyncio.sleep(0)
+    with pytest.raises(CapacityError):
+        await answer(engine, request("one too many"))
+    assert engine.abort("aborted")
+    cancelled.cancel()
+    with pytest.raises(RequestAbortedError):
+        await aborted
+    with pytest.raises(DeadlineExceededError):
+        await late
+    assert engine.stats().waiting == 1
+    assert time.monotonic() - struck < 1
+    assert engine.stats().recoveries == 0, "all that while the shards were not back"
+    assert len((await running)[0]) == 60
+    await settled(engine)
+    await engine.close()
+
+
+async def test_closing_does_not_wait_for_a_recovery(model: Path) -> None:
+    engine = await asyncio.to_thread(AsyncEngine.start, config_of(model, 2), start_ray)
+    running = asyncio.create_task(answer(engine, request("running")))
+    while engine.stats().running == 0:
+        await asyncio.sleep(0.001)
+    os.kill(min(shard_pids()), signal.SIGKILL)
+    while engine.stats().running:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(1)
+    struck = time.monotonic()
+    await engine.close()
+    assert time.monotonic() - struck < 2
+    with pytest.raises(EngineUnavailableError, match="shutting down"):
+        await running
+    assert shard_pids() == set()
+
+
+async def test_a_request_that_kills_its_shards_ends_alone(model: Path) -> None:
+    """Whoever runs when shards are lost three times, and got no further in between, is taken for the cause."""
+    engine = await asyncio.to_thread(AsyncEngine.start, config_of(model, 2), start_ray)
+    poison = asyncio.create_task(answer(engine, request("poison")))
+    for _ in range(3):
+        while engine.stats().running == 0:
+            await asyncio.sleep(0.001)
+        os.kill(min(shard_pids()), signal.SIGKILL)
+        while engine.stats().running:
+            await asyncio.sleep(0.001)
+    with pytest.raises(EngineUnavailableError, match="its process died, again and again while this request ran"):
+        await poison
+    assert len((await answer(engine, request("after it")))[0]) == 60
+    assert engine.stats().recoveries == 3
+    await settled(engine)
+    await engine.close()
