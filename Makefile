@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard protos/rayllm/proto/v1/*.proto)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
-.PHONY: help setup serve demo test verify lint format types contracts proto proto-check model
+.PHONY: help setup serve demo test verify chaos lint format types contracts proto proto-check model
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -41,6 +41,9 @@ test: lint types contracts proto-check model ## Everything that CI runs
 
 verify: test ## The tests, and those that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --durations=15
+
+chaos: setup ## Kill and stop what runs, many times; prints a table of how it was noticed and repaired (minutes)
+	$(BIN)/pytest tests/chaos
 
 lint: setup
 	$(BIN)/ruff check

@@ -62,10 +62,10 @@ async def answers(engine: AsyncEngine, prefix: str = "") -> Answers:
     return list(await asyncio.gather(*(answer(engine, request) for request in requests(prefix))))
 
 
-def shard_pids() -> set[int]:
-    """Of the shards below this process, each from the moment that its actor exists."""
+def shard_pids(driver: int | None = None) -> set[int]:
+    """Of the shards below this process or another, each from the moment that its actor exists."""
     found = set()
-    for pid in descendants(os.getpid()):
+    for pid in descendants(driver or os.getpid()):
         with contextlib.suppress(OSError):
             if b"ray::Shard" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.add(pid)
