@@ -27,6 +27,10 @@ class PeerClosedError(ClusterError):
     """The other end of the channel is gone."""
 
 
+class PeerUnreachableError(PeerClosedError):
+    """The other end may be there, but its node does not answer; the message is the system's."""
+
+
 class RemoteError(NamedTuple):
     """An exception in a shard, by name: `type` is its class, so that a caller may raise its own class again."""
 
