@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from rayllm.core.errors import CapacityError, DeadlineExceededError, EngineUnavailableError, RequestAbortedError
 from rayllm.core.types import Request, SamplingParams
 from rayllm.engine.async_engine import AsyncEngine
+from rayllm.engine.llm import LLM
 from rayllm.engine.ray_executor import start_ray
 from tests.ray.faults import Answers, answer, answers, config_of, noticing, shard_pids, strike
 
@@ -102,6 +104,7 @@ async def test_losses_one_after_another(model: Path, expected: Answers) -> None:
         os.kill(max(shard_pids()), signal.SIGKILL)
         assert await streams == expected
     assert len(noticed) == 3
+    assert len(shard_pids()) == 2
     assert engine.stats().recoveries == 2
     await settled(engine)
     await engine.close()
@@ -171,3 +174,19 @@ async def test_a_request_that_kills_its_shards_ends_alone(model: Path) -> None:
     assert engine.stats().recoveries == 3
     await settled(engine)
     await engine.close()
+
+
+def test_offline_too(model: Path) -> None:
+    prompts = [[1, 2, 3], list(range(50)), [9] * 7]
+    params = SamplingParams(temperature=0.8, seed=2, max_tokens=80, ignore_eos=True)
+    with LLM(str(model), dtype="float32") as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    with LLM(str(model), dtype="float32", tensor_parallel_size=2) as llm:
+        victim = min(shard_pids())
+        killer = threading.Timer(0.2, os.kill, (victim, signal.SIGKILL))
+        with noticing() as noticed:
+            killer.start()
+            assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+            killer.join()
+            assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+        assert len(noticed) == 1
