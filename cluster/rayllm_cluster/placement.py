@@ -19,7 +19,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from rayllm_cluster.errors import PlacementError
+from rayllm_cluster.errors import PlacementError, SessionError
 
 logger = logging.getLogger(__name__)
 
@@ -101,16 +101,20 @@ class Placement:
     def locate(self, timeout_s: float) -> None:
         """Find out where the bundles are: Ray moves those of a node that is gone. Sets `slots` and `driver`.
 
-        Raises PlacementError when they are nowhere within that time.
+        Raises PlacementError when they are nowhere within that time or Ray cannot tell, SessionError when it has ended.
         """
-        if not self.group.wait(timeout_s):
-            free = _text({name: ray.available_resources().get(name, 0.0) for name in self.shard})
-            raise PlacementError(
-                f"no room for {self._plan.num_shards} times {_text(self.shard)} within {timeout_s:g} s; {free} are free"
-            )
-        nodes = {node.node_id: node for node in _live_nodes()}
-        self.driver = nodes[ray.get_runtime_context().get_node_id()]
-        self.slots = tuple(_slots(self._plan, self.group, 0 if self._owned else 1, nodes, self.driver))
+        if not ray.is_initialized():  # else the calls below would start a Ray of their own
+            raise SessionError("Ray was shut down")
+        try:
+            if not self.group.wait(timeout_s):
+                free = _text({name: ray.available_resources().get(name, 0.0) for name in self.shard})
+                asked = f"{self._plan.num_shards} times {_text(self.shard)}"
+                raise PlacementError(f"no room for {asked} within {timeout_s:g} s; {free} are free")
+            nodes = {node.node_id: node for node in _live_nodes()}
+            self.driver = nodes[ray.get_runtime_context().get_node_id()]
+            self.slots = tuple(_slots(self._plan, self.group, 0 if self._owned else 1, nodes, self.driver))
+        except ray.exceptions.RayError as error:
+            raise PlacementError(f"Ray cannot place the shards: {str(error).splitlines()[0]}") from error
 
     def release(self) -> None:
         if self._owned and ray.is_initialized():

@@ -12,7 +12,7 @@ import msgspec
 
 from rayllm.engine.commands import Command, InitCache, Ready
 from rayllm.engine.executor import Recovery
-from rayllm_cluster.errors import ClusterError, GroupClosedError, ShardLostError
+from rayllm_cluster.errors import ClusterError, GroupClosedError, SessionError, ShardLostError
 from rayllm_cluster.shard_group import ShardGroup
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Ranks:
 
     def restart(self, lost: ShardLostError) -> Recovery:
         """Returns when new ranks are loaded, their caches empty. Raises the last ClusterError when the outage has
-        lasted too long, or GroupClosedError once `close` was called."""
+        lasted too long, and at once GroupClosedError if `close` was called or SessionError if Ray has ended."""
         noticed = time.monotonic()
         if self._outage is None:
             self._outage = noticed
@@ -58,7 +58,7 @@ class Ranks:
                 raise GroupClosedError("the shard group is closed")
             try:
                 self._load(give_up - time.monotonic())
-            except GroupClosedError:
+            except (GroupClosedError, SessionError):
                 raise
             except ClusterError as again:
                 error = again

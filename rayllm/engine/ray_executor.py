@@ -16,7 +16,14 @@ from rayllm.engine.commands import Command, Execute
 from rayllm.engine.executor import Recovery
 from rayllm.engine.ranks import Ranks
 from rayllm.scheduler.batch import Batch, StepResult
-from rayllm_cluster.errors import ClusterError, GroupClosedError, PlacementError, RemoteError, ShardLostError
+from rayllm_cluster.errors import (
+    ClusterError,
+    GroupClosedError,
+    PlacementError,
+    RemoteError,
+    SessionError,
+    ShardLostError,
+)
 from rayllm_cluster.placement import PlacementPlan, plan_placement
 from rayllm_cluster.session import Session
 from rayllm_cluster.shard_group import GroupOptions, ShardGroup
@@ -70,7 +77,7 @@ class RayExecutor:
             raise lost
         try:
             return self._ranks.restart(lost.__cause__)
-        except GroupClosedError as error:
+        except (GroupClosedError, SessionError) as error:
             raise _unavailable(error) from error
         except ClusterError as error:
             raise EngineUnavailableError(
