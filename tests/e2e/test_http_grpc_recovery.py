@@ -23,11 +23,11 @@ pytestmark = pytest.mark.ray
 
 RECOVERY_S = 4.0
 
-BODY = {"model": MODEL, "prompt": "a long answer", "max_tokens": 300, "ignore_eos": True, "seed": 3}
+BODY = {"model": MODEL, "prompt": "a long answer", "max_tokens": 480, "ignore_eos": True, "seed": 3}
 REQUEST = pb.GenerateRequest(
     model=MODEL,
     text="a long answer",
-    sampling=pb.SamplingParams(max_tokens=300, ignore_eos=True, seed=3),
+    sampling=pb.SamplingParams(max_tokens=480, ignore_eos=True, seed=3),
 )
 
 
@@ -56,13 +56,14 @@ async def test_past_the_recovery_timeout_clients_have_typed_errors(sharded_serve
         async with server.http.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as response:
             return [line async for line in response.aiter_lines() if line]
 
-    streaming = asyncio.create_task(stream_http())
+    victim = min(shard_pids())
+    (model / "model.safetensors").unlink()  # so that no new shard can load
     calls = [asyncio.create_task(server.generate(method, REQUEST)) for method in ("Generate", "GenerateStream")]
     unary = asyncio.create_task(server.http.post("/v1/completions", json=BODY))
+    streaming = asyncio.create_task(stream_http())
     await server.running(4)
-    (model / "model.safetensors").unlink()  # so that no new shard can load
     struck = time.monotonic()
-    os.kill(min(shard_pids()), signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     while server.engine.stats().running:
         await asyncio.sleep(0.001)
     queued = asyncio.create_task(server.http.post("/v1/completions", json=BODY))
