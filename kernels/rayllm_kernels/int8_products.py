@@ -33,7 +33,6 @@ from rayllm_kernels.simd import (
     load_f32_from_i32,
     load_i8,
     load_i32,
-    load_i64,
     max_abs,
     max_abs_lanes,
     mul,
@@ -109,17 +108,28 @@ def _quantize_rows(block: int) -> None:
 quantize_rows_kernel = Kernel(_quantize_rows, integers=8, parallel_from=8)
 
 
-# The epilogue's arguments, which all products share, as 8 integers in memory: addresses (0: none) and sizes.
-# scale_N float32, bias_N in the dtype of out, out, outputs, is_bf16, outlier weights [J, N] bfloat16, J, unused
+# The first 8 integers of all products are the epilogue's: scale_N (float32), bias_N in the dtype of out (0: none), out,
+# outputs, is_bf16, outlier weights [J, N] (bfloat16), J, unused. Each thread reads them once: the compiler cannot know
+# that what it stores to `out` does not lie over them.
 
 
 @inlined
-def _finish(sums: F32x16, x_scale: float, kept: int, row: int, column: int, arguments: int) -> None:
+def _finish(
+    sums: F32x16,
+    x_scale: float,
+    scale: F32x16,
+    bias: int,
+    out: int,
+    outputs: int,
+    is_bf16: int,
+    kept: int,
+    outlier_weight: int,
+    num_columns: int,
+    row: int,
+    column: int,
+) -> None:
     """out[row, column to column + 16] = sums * scales + the columns kept in 16 bits + bias."""
-    scale, bias, out = load_i64(arguments), load_i64(arguments + 8), load_i64(arguments + 16)
-    outputs, is_bf16 = load_i64(arguments + 24), load_i64(arguments + 32)
-    outlier_weight, num_columns = load_i64(arguments + 40), load_i64(arguments + 48)
-    value = mul(mul(sums, broadcast(x_scale)), load(scale + 4 * column))
+    value = mul(mul(sums, broadcast(x_scale)), scale)
     for j in range(num_columns):
         weight = load_bf16(outlier_weight + 2 * (j * outputs + column))
         value = fma(weight, broadcast(load_f32(kept + 4 * j)), value)
@@ -139,10 +149,10 @@ _dot_bytes_1, _dot_bytes_4 = dot_bytes(BLOCK, 1), dot_bytes(BLOCK, BLOCK)
 
 def _multiply_bytes(block: int) -> None:
     """Kernel: task = some weight rows, a multiple of 16. Every thread quantizes all rows of x for itself."""
-    arguments = block + 16
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
     x, weight, columns, rows = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
     length, outputs_per_task, x_is_bf16 = integer(block, 12), integer(block, 13), integer(block, 14)
-    outputs, num_columns = integer(block, 3), integer(block, 6)
     side = 1 if rows == 1 else BLOCK
     padded = (rows + side - 1) // side * side
     # float32 row, rows' scales, columns kept, 16 int32 starts a row, sums of a block; then bytes
@@ -182,7 +192,20 @@ def _multiply_bytes(block: int) -> None:
                 for c in range(min(side, rows - m)):
                     value = load_f32(scales + 4 * (m + c))
                     ours = kept + 4 * (m + c) * num_columns
-                    _finish(load_f32_from_i32(sums + _LINE * c), value, ours, m + c, n, arguments)
+                    _finish(
+                        load_f32_from_i32(sums + _LINE * c),
+                        value,
+                        load(scale + 4 * n),
+                        bias,
+                        out,
+                        outputs,
+                        is_bf16,
+                        ours,
+                        outlier_weight,
+                        num_columns,
+                        m + c,
+                        n,
+                    )
         task = next_task(block)
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
 
@@ -192,7 +215,8 @@ multiply_bytes_kernel = Kernel(_multiply_bytes, integers=15)
 
 def _multiply_byte_tiles(block: int) -> None:
     """Kernel: task = some weight rows, a multiple of 32. x is quantized."""
-    arguments = block + 16
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
     q, weight, scales, kept = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
     rows, length, outputs_per_task, config = (
         integer(block, 12),
@@ -200,7 +224,6 @@ def _multiply_byte_tiles(block: int) -> None:
         integer(block, 14),
         integer(block, 15),
     )
-    outputs, num_columns = integer(block, 3), integer(block, 6)
     tiles = (rows + TILE - 1) // TILE
     scratch = np.empty(tiles * length // 4 * TILE + 1024 + 256 + 2 * LANES, np.float32)
     packed = (scratch.ctypes.data + 63) // 64 * 64
@@ -222,10 +245,24 @@ def _multiply_byte_tiles(block: int) -> None:
                 for part in range(4 if tile + 1 < tiles else 2):
                     transpose(sums + 1024 * part, 64, TILE, zeros, turned)
                     row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
+                    weight_scale = load(scale + 4 * column)
                     for m in range(row, min(row + TILE, rows)):
                         found = load_f32_from_i32(turned + 64 * (m - row))
                         ours = kept + 4 * m * num_columns
-                        _finish(found, load_f32(scales + 4 * m), ours, m, column, arguments)
+                        _finish(
+                            found,
+                            load_f32(scales + 4 * m),
+                            weight_scale,
+                            bias,
+                            out,
+                            outputs,
+                            is_bf16,
+                            ours,
+                            outlier_weight,
+                            num_columns,
+                            m,
+                            column,
+                        )
         task = next_task(block)
     release_tiles()
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
@@ -236,14 +273,27 @@ multiply_byte_tiles_kernel = Kernel(_multiply_byte_tiles, integers=16, runs_here
 
 def _finish_rows(block: int) -> None:
     """Kernel: task = one row of integer sums that torch has computed."""
-    arguments = block + 16
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
     sums, scales, kept = integer(block, 8), integer(block, 9), integer(block, 10)
-    outputs, num_columns = integer(block, 3), integer(block, 6)
     task = next_task(block)
     while task >= 0:
         for n in range(0, outputs, LANES):
             found = load_f32_from_i32(sums + 4 * (task * outputs + n))
-            _finish(found, load_f32(scales + 4 * task), kept + 4 * task * num_columns, task, n, arguments)
+            _finish(
+                found,
+                load_f32(scales + 4 * task),
+                load(scale + 4 * n),
+                bias,
+                out,
+                outputs,
+                is_bf16,
+                kept + 4 * task * num_columns,
+                outlier_weight,
+                num_columns,
+                task,
+                n,
+            )
         task = next_task(block)
 
 
@@ -254,9 +304,10 @@ _dot_i8_1, _dot_i8_4 = dot_floats(1, 1, "int8"), dot_floats(BLOCK, BLOCK, "int8"
 
 def _multiply_widened(block: int) -> None:
     """Kernel: task = some weight rows, a multiple of 16; x float32 or bfloat16, widened by every thread for itself."""
-    arguments = block + 16
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16 = integer(block, 4)
     x, weight, rows, length = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
-    outputs_per_task, outputs, is_bf16 = integer(block, 12), integer(block, 3), integer(block, 4)
+    outputs_per_task = integer(block, 12)
     side = 1 if rows == 1 else BLOCK
     padded = (rows + side - 1) // side * side
     scratch = np.zeros(padded * length + BLOCK * BLOCK + LANES * BLOCK, np.float32)
@@ -280,7 +331,20 @@ def _multiply_widened(block: int) -> None:
                             for c in range(BLOCK):
                                 store_f32(turned + _LINE * c + 4 * (part + r), load_f32(sums + 4 * (r * BLOCK + c)))
                 for c in range(min(side, rows - m)):
-                    _finish(load(turned + _LINE * c), 1.0, 0, m + c, n, arguments)
+                    _finish(
+                        load(turned + _LINE * c),
+                        1.0,
+                        load(scale + 4 * n),
+                        bias,
+                        out,
+                        outputs,
+                        is_bf16,
+                        0,
+                        0,
+                        0,
+                        m + c,
+                        n,
+                    )
         task = next_task(block)
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
 
@@ -290,9 +354,10 @@ multiply_widened_kernel = Kernel(_multiply_widened, integers=13)
 
 def _multiply_widened_tiles(block: int) -> None:
     """Kernel: task = some weight rows, a multiple of 32, which become bfloat16 in the cache. x bfloat16."""
-    arguments = block + 16
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16 = integer(block, 4)
     x, weight, rows, length = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
-    outputs_per_task, config, outputs = integer(block, 12), integer(block, 13), integer(block, 3)
+    outputs_per_task, config = integer(block, 12), integer(block, 13)
     tiles = (rows + TILE - 1) // TILE
     scratch = np.empty((tiles * TILE + STRIPE) * length // 2 + 1024 + 256 + 2 * LANES, np.float32)
     packed = (scratch.ctypes.data + 63) // 64 * 64
@@ -317,8 +382,22 @@ def _multiply_widened_tiles(block: int) -> None:
                 for part in range(4 if tile + 1 < tiles else 2):
                     transpose(sums + 1024 * part, 64, TILE, zeros, turned)
                     row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
+                    weight_scale = load(scale + 4 * column)
                     for m in range(row, min(row + TILE, rows)):
-                        _finish(load(turned + 64 * (m - row)), 1.0, 0, m, column, arguments)
+                        _finish(
+                            load(turned + 64 * (m - row)),
+                            1.0,
+                            weight_scale,
+                            bias,
+                            out,
+                            outputs,
+                            is_bf16,
+                            0,
+                            0,
+                            0,
+                            m,
+                            column,
+                        )
         task = next_task(block)
     release_tiles()
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
