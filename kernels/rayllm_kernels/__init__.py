@@ -3,6 +3,10 @@
 Knows nothing of requests, schedulers or processes; every function takes tensors and numbers.
 """
 
+from rayllm_kernels.fused_linear_cross_entropy import (
+    fused_linear_cross_entropy,
+    fused_linear_cross_entropy_reference,
+)
 from rayllm_kernels.linear import linear, linear_reference
 from rayllm_kernels.native import compile_kernels
 from rayllm_kernels.paged_attention import paged_attention, paged_attention_reference
@@ -18,6 +22,8 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_reference",
     "compile_kernels",
+    "fused_linear_cross_entropy",
+    "fused_linear_cross_entropy_reference",
     "linear",
     "linear_reference",
     "paged_attention",
