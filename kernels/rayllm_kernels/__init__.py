@@ -3,6 +3,10 @@
 Knows nothing of requests, schedulers or processes; every function takes tensors and numbers.
 """
 
+from rayllm_kernels.fused_linear_cross_entropy import (
+    fused_linear_cross_entropy,
+    fused_linear_cross_entropy_reference,
+)
 from rayllm_kernels.int8_linear import (
     quantize_rows,
     quantize_rows_reference,
@@ -26,6 +30,8 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_reference",
     "compile_kernels",
+    "fused_linear_cross_entropy",
+    "fused_linear_cross_entropy_reference",
     "linear",
     "linear_reference",
     "paged_attention",

@@ -7,6 +7,7 @@ feel the second start of a kernel in every layer.
 import torch
 from torch import Tensor
 
+from rayllm_kernels.dispatch import on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.rotary import apply_rotary, rotate_head, takes_heads
 from rayllm_kernels.simd import LANES, load, load_i64, store
@@ -67,6 +68,11 @@ def rotary_store_kv(
     v_scales_NPK: Tensor | None = None,
 ) -> Tensor:
     """-> the rotated queries; the rotated keys, and the values, lie in their slots."""
+    if on_triton("rotary_store_kv", q_THE) and not torch.is_grad_enabled():
+        from rayllm_kernels.gpu import rotary_store_kv as gpu
+
+        if gpu.supports(q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
+            return gpu.rotary_store_kv(q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
     if not (
         takes_heads(q_THE, cos_TE, sin_TE)
         and takes_heads(k_TKE, cos_TE, sin_TE)

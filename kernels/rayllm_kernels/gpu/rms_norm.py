@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayllm_kernels.gpu.spec import Spec
 
-MAX_SIZE = 16384
+MAX_SIZE = 8192  # from there on the backward pass would spill registers
 _ELEMENTS = 2048  # of a program, at least: small rows share one
 _PARTIAL_ROWS = 264  # two programs for each of an H100's processors: rows of the weight's partial gradients
 
@@ -72,7 +72,7 @@ def rms_norm_backward_kernel(
     weight_D = tl.load(weight + column_D, column_D < SIZE, 0.0).to(tl.float32)
     dweight_RD = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row_R = first.to(tl.int64) + tl.arange(0, ROWS)
+        row_R = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row_R < rows)[:, None] & (column_D < SIZE)[None, :]
         dense = row_R[:, None] * SIZE + column_D[None, :]
         x_RD = tl.load(x + dense, inside, 0.0).to(tl.float32)
@@ -96,8 +96,8 @@ def _tile(size: int) -> dict[str, int]:
 
 
 def _warps(size: int) -> int:
-    """A thread's part of a row is 32 elements at most."""
-    return min(16, max(4, triton.next_power_of_2(size) // 1024))
+    """A thread's part of a row is 16 elements."""
+    return max(4, triton.next_power_of_2(size) // 512)
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -210,6 +210,16 @@ def supports(x: Tensor, weight: Tensor) -> bool:
         and x.shape[-1] <= MAX_SIZE
         and (x.is_contiguous() or (x.ndim == 3 and x.stride()[1:] == (x.shape[2], 1)))
         and weight.is_contiguous()
+    )
+
+
+def supports_sum(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+    return (
+        supports(x, weight)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and x.is_contiguous()
+        and residual.is_contiguous()
     )
 
 
