@@ -40,7 +40,8 @@ def fused_linear_cross_entropy(
         shapes = f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)}, targets {tuple(targets_T.shape)}"
         raise ValueError(f"expected hidden [T, D], weight [V, D] and targets [T], not {shapes}")
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_TD, weight_VD)]
-    return _loss_and_gradients(hidden_TD, weight_VD, targets_T, ignore_index, *wanted)[0]
+    loss: Tensor = _loss_and_gradients(hidden_TD, weight_VD, targets_T, ignore_index, *wanted)[0]
+    return loss
 
 
 @torch.library.custom_op("rayllm::fused_linear_cross_entropy", mutates_args=())

@@ -96,7 +96,8 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         from rayllm_kernels.gpu import rms_norm as gpu
 
         if gpu.supports(x_TD, weight_D):
-            return gpu.rms_norm(x_TD, weight_D, eps)
+            normed: Tensor = gpu.rms_norm(x_TD, weight_D, eps)
+            return normed
     if not _compiled(x_TD, weight_D):
         return rms_norm_reference(x_TD, weight_D, eps)
     return _run(x_TD, None, weight_D, eps)[0]
@@ -108,7 +109,8 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
         from rayllm_kernels.gpu import rms_norm as gpu
 
         if gpu.supports_sum(x_TD, residual_TD, weight_D):
-            return gpu.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+            both: tuple[Tensor, Tensor] = gpu.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+            return both
     if not (
         _compiled(x_TD, weight_D)
         and x_TD.is_contiguous()

@@ -69,7 +69,8 @@ def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -
         from rayllm_kernels.gpu import rotary as gpu
 
         if gpu.supports(q_THE, k_TKE, cos_TE, sin_TE):
-            return gpu.rotary(q_THE, k_TKE, cos_TE, sin_TE, False)
+            rotated: tuple[Tensor, Tensor] = gpu.rotary(q_THE, k_TKE, cos_TE, sin_TE, False)
+            return rotated
     if not (takes_heads(q_THE, cos_TE, sin_TE) and takes_heads(k_TKE, cos_TE, sin_TE)):
         return apply_rotary_reference(q_THE, k_TKE, cos_TE, sin_TE)
     q_out = empty(q_THE.shape, q_THE)

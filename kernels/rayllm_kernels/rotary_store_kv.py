@@ -72,7 +72,10 @@ def rotary_store_kv(
         from rayllm_kernels.gpu import rotary_store_kv as gpu
 
         if gpu.supports(q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
-            return gpu.rotary_store_kv(q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
+            rotated_THE: Tensor = gpu.rotary_store_kv(
+                q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T
+            )
+            return rotated_THE
     if not (
         takes_heads(q_THE, cos_TE, sin_TE)
         and takes_heads(k_TKE, cos_TE, sin_TE)

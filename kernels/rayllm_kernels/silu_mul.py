@@ -64,7 +64,8 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         from rayllm_kernels.gpu import silu_mul as gpu
 
         if gpu.supports(gate_TF, up_TF):
-            return gpu.silu_mul(gate_TF, up_TF)
+            product: Tensor = gpu.silu_mul(gate_TF, up_TF)
+            return product
     if not (_compiled(gate_TF) and _compiled(up_TF) and gate_TF.dtype == up_TF.dtype):
         return silu_mul_reference(gate_TF, up_TF)
     rows, size = gate_TF.shape

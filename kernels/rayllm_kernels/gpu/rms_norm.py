@@ -97,7 +97,8 @@ def _tile(size: int) -> dict[str, int]:
 
 def _warps(size: int) -> int:
     """A thread's part of a row is 16 elements."""
-    return max(4, triton.next_power_of_2(size) // 512)
+    warps: int = max(4, triton.next_power_of_2(size) // 512)
+    return warps
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

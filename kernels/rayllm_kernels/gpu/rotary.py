@@ -80,7 +80,8 @@ def head_tiles(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
 
 def warps(heads: int, head_dim: int) -> int:
     """32 elements of the queries to a thread, at most, up to 8 warps."""
-    return min(8, max(2, triton.next_power_of_2(heads * head_dim) // 1024))
+    count: int = min(8, max(2, triton.next_power_of_2(heads * head_dim) // 1024))
+    return count
 
 
 def _readable(x: Tensor) -> Tensor:
