@@ -234,8 +234,8 @@ def test_generated_texts_are_the_same(name: str, backend: LocalBackend, model: P
     ours = [row["responses"][0]["text"] for row in eval_runs.rows(tmp_path / "run", name)]
     theirs = LmEval(model, batch_size=1).run(tmp_path, CONFIGS[name], files, num_fewshot=find_task(name).num_fewshot)
     generated: list[Any] = [sample.requests[0].text for sample in theirs.samples]
-    assert len(ours) == len(documents)
-    assert ours == generated
+    num_filters = len(generated) // len(documents)  # lm-eval lists a document once for each of its filters
+    assert generated == [text for text in ours for _ in range(num_filters)]
 
 
 @pytest.mark.parametrize("case", json.loads(GOLDEN.read_text(encoding="utf-8")), ids=lambda case: case["task"])
