@@ -92,9 +92,14 @@ def serve(
 
 
 def _greeting(server: "LocalServer") -> str:
-    body = {"model": server.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
+    body = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 32,
+        "temperature": 0,
+    }
     curl = ["curl", f"{server.http_url}/v1/chat/completions", "-H", "content-type: application/json", "-d"]
-    chat = [sys.argv[0], "chat", "--url", f"grpc://{server.grpc_address}"]
+    chat = [sys.argv[0], "chat", "--url", f"grpc://{server.grpc_address}", "--temperature", "0"]
     return (
         f"{server.model} is ready. Ctrl-C stops it. Try:\n\n"
         f"  {shlex.join([*curl, json.dumps(body)])}\n\n"

@@ -85,7 +85,7 @@ def _text(field: str, value: object) -> str:
 
 
 def _token_ids(field: str, token_ids: object) -> list[int]:
-    if not isinstance(token_ids, Iterable):
+    if not isinstance(token_ids, Iterable) or isinstance(token_ids, bytes | bytearray):
         raise InvalidRequestError(field, f"must be token ids, not {type(token_ids).__name__}")
     checked: list[int] = []
     for token_id in token_ids:

@@ -80,7 +80,8 @@ class LocalExecutor:
         self._submitted.append(self._thread.submit(self._runner.execute, batch))
 
     def collect(self) -> StepResult:
-        result = self._submitted.popleft().result()
+        result = self._submitted[0].result()  # a wait that Ctrl-C ends can be taken up again
+        self._submitted.popleft()
         assert result is not None, "a single rank always samples"
         return result
 

@@ -461,6 +461,7 @@ async def test_nobody_there(make_client):
         ([1, 1 << 31], {}, "prompt"),
         ([1, True], {}, "prompt"),
         (5, {}, "prompt"),
+        (b"ab", {}, "prompt"),
         (None, {}, "prompt"),
         ([{"role": "user"}], {}, "messages"),
         ([{"role": "user", "content": "hi", "name": "x"}], {}, "messages"),

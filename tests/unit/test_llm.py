@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayllm.core.config import CacheConfig, SchedulerConfig
-from rayllm.core.errors import ConfigError, InvalidRequestError
+from rayllm.core.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from rayllm.core.types import FinishReason, SamplingParams
 from rayllm.engine.llm import LLM
 
@@ -192,7 +193,7 @@ def test_a_cache_larger_than_memory_is_refused(tiny_model):
         LLM(str(tiny_model), cache=CacheConfig(num_blocks=10**12))
 
 
-@pytest.mark.parametrize("bad", [5, None, {1, 2}])
+@pytest.mark.parametrize("bad", [5, None, {1, 2}, b"ab"])
 def test_prompts_of_a_wrong_type_are_refused(llm, bad):
     with pytest.raises(InvalidRequestError, match=r"^prompts: must be a string or a list"):
         llm.generate(bad)
@@ -234,3 +235,56 @@ def test_each_output_is_heard_of_once_with_its_prompts_index(llm, prompts):
     heard = {}
     outputs = llm.generate(prompts, GREEDY, on_output=lambda index, output: heard.setdefault(index, output))
     assert [heard[index] for index in range(len(prompts))] == outputs
+
+
+def test_a_closed_llm_says_so(tiny_model, prompts):
+    llm = LLM(str(tiny_model))
+    llm.close()
+    for _ in range(2):
+        with pytest.raises(EngineUnavailableError, match="closed"):
+            llm.generate(prompts, GREEDY)
+
+
+def test_goes_on_after_an_interrupt(llm, prompts, expected, monkeypatch):
+    """Ctrl-C while a step runs, as in a notebook: what ran is forgotten, and the next call is answered."""
+    result, interrupts = Future.result, iter([False, False, True])
+
+    def interrupted(self, timeout=None):
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        return result(self, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, GREEDY)
+    assert token_ids(llm, prompts) == expected
+
+
+def test_threads_take_turns(llm, prompts, expected):
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: token_ids(llm, prompts), range(3))) == [expected] * 3
+
+
+def test_on_output_may_not_generate(llm, prompts, expected):
+    with pytest.raises(EngineUnavailableError, match="on_output"):
+        llm.generate(prompts, GREEDY, on_output=lambda index, output: llm.generate(prompts, GREEDY))
+    assert token_ids(llm, prompts) == expected
+
+
+def test_a_forked_process_is_told_to_make_its_own(tiny_model):
+    script = f"""
+import os
+from rayllm import LLM, SamplingParams
+llm = LLM({str(tiny_model)!r})
+llm.generate([1, 2], SamplingParams(max_tokens=1))
+if os.fork() == 0:
+    try:
+        llm.generate([1, 2], SamplingParams(max_tokens=1))
+    except Exception as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "make another after the fork" in run.stdout
