@@ -78,7 +78,7 @@ def test_a_killed_proxy_takes_haproxy_along_and_both_come_back(tiny_model: Path)
         assert server.stdout is not None
         assert "is ready" in server.stdout.readline()
         started = descendants(server.pid)
-        proxies, haproxies = named("ray::ProxyActor", started), named("bin/haproxy", started)
+        proxies, haproxies = named("ray::HAProxyManager", started), named("bin/haproxy", started)
         assert len(proxies) == len(haproxies) == 1
         os.kill(*proxies, signal.SIGKILL)
         assert wait_gone(proxies | haproxies, 5) == set()
