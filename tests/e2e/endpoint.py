@@ -19,6 +19,7 @@ from tests.ray.faults import shard_pids
 
 SCRIPT = """
 import contextlib
+import signal
 import sys
 import threading
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
@@ -33,6 +34,7 @@ engine = EngineConfig(
 )
 config = ServeConfig(engine=engine, model_name="tiny", http_port=int(sys.argv[2]), grpc_port=int(sys.argv[3]))
 with serve_local(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background with SIGINT ignored
     print("ready", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
