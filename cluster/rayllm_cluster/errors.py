@@ -27,6 +27,10 @@ class PeerClosedError(ClusterError):
     """The other end of the channel is gone."""
 
 
+class PeerUnreachableError(PeerClosedError):
+    """The other end may be there, but its node does not answer; the message is the system's."""
+
+
 class RemoteError(NamedTuple):
     """An exception in a shard, by name: `type` is its class, so that a caller may raise its own class again."""
 
@@ -52,13 +56,18 @@ class RemoteError(NamedTuple):
 
 
 class ShardLostError(ClusterError):
-    """A shard died, stalled or failed, and with it the whole group. `error`: what the shard's handler raised, if so."""
+    """A shard died, was stopped, stalled or failed, and with it the whole group.
+
+    `error`: what the shard's handler raised, if so. `detection_s`: at most so long after the fault was it noticed; the
+    group sets it.
+    """
 
     def __init__(self, rank: int, cause: str, *, error: RemoteError | None = None) -> None:
         super().__init__(f"shard {rank}: {cause}")
         self.rank = rank
         self.cause = cause
         self.error = error
+        self.detection_s = 0.0
 
 
 class ShardStalledError(ShardLostError):

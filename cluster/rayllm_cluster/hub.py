@@ -12,6 +12,7 @@ from rayllm_cluster.errors import (
     FrameError,
     GroupClosedError,
     PeerClosedError,
+    PeerUnreachableError,
     RemoteError,
     ShardLostError,
     ShardStalledError,
@@ -80,9 +81,10 @@ class Hub:
             sent = channel.send_some(frame)
             if sent < len(frame):
                 self._send_rest(rank, frame[sent:], deadline)
-        except PeerClosedError:
-            self._read_ready(0)  # raises what it had to say before it went
-            raise ShardLostError(rank, DIED) from None
+        except PeerClosedError as error:
+            if not isinstance(error, PeerUnreachableError):
+                self._read_ready(0)  # raises what it had to say before it went
+            raise _loss(rank, error) from None
 
     def _send_rest(self, rank: int, frame: memoryview, deadline: float) -> None:
         # Reading goes on meanwhile: a shard whose own answer waits for room would never read, and both would wait.
@@ -123,8 +125,8 @@ class Hub:
     def _take_in(self, rank: int) -> ShardLostError | None:
         try:
             frames = self._channels[rank].recv_some()
-        except PeerClosedError:
-            return ShardLostError(rank, DIED)
+        except PeerClosedError as error:
+            return _loss(rank, error)
         except FrameError as error:
             return ShardLostError(rank, str(error))
         for frame in frames:
@@ -133,3 +135,8 @@ class Hub:
                 return ShardLostError(rank, str(raised), error=raised)
             self._inbox[rank].append(frame)
         return None
+
+
+def _loss(rank: int, error: PeerClosedError) -> ShardLostError:
+    unreachable = isinstance(error, PeerUnreachableError)
+    return ShardLostError(rank, f"its node does not answer: {error}" if unreachable else DIED)

@@ -19,7 +19,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from rayllm_cluster.errors import PlacementError
+from rayllm_cluster.errors import PlacementError, SessionError
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +88,33 @@ class Slot:
 class Placement:
     """The bundles of a group's shards, by rank. `release` gives them back if they are this placement's own."""
 
-    def __init__(
-        self, group: PlacementGroup, slots: Sequence[Slot], *, shard: Resources, driver: Node, owned: bool
-    ) -> None:
+    slots: tuple[Slot, ...]
+    driver: Node
+
+    def __init__(self, plan: PlacementPlan, group: PlacementGroup, *, owned: bool) -> None:
+        """`group` holds the plan's bundles, but for the first if it is `owned`. `locate` says where."""
         self.group = group
-        self.shard = shard
-        self.slots = tuple(slots)
-        self.driver = driver
+        self.shard: Resources = plan.bundles[1]
+        self._plan = plan
         self._owned = owned
+
+    def locate(self, timeout_s: float) -> None:
+        """Find out where the bundles are: Ray moves those of a node that is gone. Sets `slots` and `driver`.
+
+        Raises PlacementError when they are nowhere within that time or Ray cannot tell, SessionError when it has ended.
+        """
+        if not ray.is_initialized():  # else the calls below would start a Ray of their own
+            raise SessionError("Ray was shut down")
+        try:
+            if not self.group.wait(timeout_s):
+                free = _text({name: ray.available_resources().get(name, 0.0) for name in self.shard})
+                asked = f"{self._plan.num_shards} times {_text(self.shard)}"
+                raise PlacementError(f"no room for {asked} within {timeout_s:g} s; {free} are free")
+            nodes = {node.node_id: node for node in _live_nodes()}
+            self.driver = nodes[ray.get_runtime_context().get_node_id()]
+            self.slots = tuple(_slots(self._plan, self.group, 0 if self._owned else 1, nodes, self.driver))
+        except ray.exceptions.RayError as error:
+            raise PlacementError(f"Ray cannot place the shards: {str(error).splitlines()[0]}") from error
 
     def release(self) -> None:
         if self._owned and ray.is_initialized():
@@ -109,9 +128,6 @@ def place(plan: PlacementPlan, *, timeout_s: float) -> Placement:
     Raises PlacementError when the cluster cannot hold the shards (as it is now: nodes that an autoscaler might add do
     not count) or has not the room within `timeout_s`.
     """
-    bundles = plan.bundles[1:]
-    nodes = {node.node_id: node for node in _live_nodes()}
-    driver = nodes[ray.get_runtime_context().get_node_id()]
     group = get_current_placement_group()
     if group is not None:
         if group.bundle_count != len(plan.bundles):
@@ -119,19 +135,18 @@ def place(plan: PlacementPlan, *, timeout_s: float) -> Placement:
                 f"this process runs in a placement group of {group.bundle_count} bundles; "
                 f"{plan.num_shards} shards need {len(plan.bundles)}"
             )
-        return Placement(group, _slots(plan, group, 1, nodes, driver), shard=bundles[0], driver=driver, owned=False)
-    check_feasible(bundles, plan.strategy, list(nodes.values()))
-    group = placement_group([dict(bundle) for bundle in bundles], strategy=plan.strategy)
+        placement = Placement(plan, group, owned=False)
+    else:
+        bundles = plan.bundles[1:]
+        check_feasible(bundles, plan.strategy, _live_nodes())
+        group = placement_group([dict(bundle) for bundle in bundles], strategy=plan.strategy)
+        placement = Placement(plan, group, owned=True)
     try:
-        if not group.wait(timeout_s):
-            free = _text({name: ray.available_resources().get(name, 0.0) for name in bundles[0]})
-            raise PlacementError(
-                f"no room for {len(bundles)} times {_text(bundles[0])} within {timeout_s:g} s; {free} are free"
-            )
-        return Placement(group, _slots(plan, group, 0, nodes, driver), shard=bundles[0], driver=driver, owned=True)
+        placement.locate(timeout_s)
     except BaseException:
-        remove_placement_group(group)
+        placement.release()
         raise
+    return placement
 
 
 def _slots(
@@ -139,6 +154,8 @@ def _slots(
 ) -> list[Slot]:
     node_of_bundle: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
     shards = {index: node for index, node in node_of_bundle.items() if index >= first}
+    if not nodes.keys() >= set(shards.values()):
+        raise PlacementError("a node that held shards is gone")
     slots = [Slot(bundle_index=i, node=nodes[shards[i]]) for i in order_bundles(shards, driver_node=driver.node_id)]
     for stage in range(plan.pipeline):
         ranks = slots[stage * plan.tensor : (stage + 1) * plan.tensor]

@@ -3,6 +3,18 @@
 Knows nothing of requests, schedulers or processes; every function takes tensors and numbers.
 """
 
+from rayllm_kernels.fused_linear_cross_entropy import (
+    fused_linear_cross_entropy,
+    fused_linear_cross_entropy_reference,
+)
+from rayllm_kernels.int8_linear import (
+    quantize_rows,
+    quantize_rows_reference,
+    w8a8_linear,
+    w8a8_linear_reference,
+    w8a16_linear,
+    w8a16_linear_reference,
+)
 from rayllm_kernels.linear import linear, linear_reference
 from rayllm_kernels.native import compile_kernels
 from rayllm_kernels.paged_attention import paged_attention, paged_attention_reference
@@ -18,10 +30,14 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_reference",
     "compile_kernels",
+    "fused_linear_cross_entropy",
+    "fused_linear_cross_entropy_reference",
     "linear",
     "linear_reference",
     "paged_attention",
     "paged_attention_reference",
+    "quantize_rows",
+    "quantize_rows_reference",
     "rms_norm",
     "rms_norm_reference",
     "rotary_store_kv",
@@ -30,4 +46,8 @@ __all__ = [
     "silu_mul_reference",
     "store_kv",
     "store_kv_reference",
+    "w8a8_linear",
+    "w8a8_linear_reference",
+    "w8a16_linear",
+    "w8a16_linear_reference",
 ]

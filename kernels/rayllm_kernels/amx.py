@@ -21,13 +21,13 @@ TILE_CONFIG = ctypes.addressof(_CONFIG)
 
 
 def amx_problem() -> str | None:
-    """Why this process cannot multiply bfloat16 tiles, None if it can. Asks Linux for the right to use them."""
+    """Why this process cannot multiply bfloat16 and int8 tiles, None if it can. Asks Linux for the right to them."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "not Linux on x86-64"
     if config.CPU_NAME or config.CPU_FEATURES:
         return "numba is told to compile for another processor"
     features = binding.get_host_cpu_features()
-    if not (features.get("amx-tile") and features.get("amx-bf16")):
+    if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "amx-int8")):
         return "the processor has no AMX tiles"
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     if ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request_permission, tile_data) != 0:
@@ -85,5 +85,15 @@ def tile_dot_bf16(total: int, a: int, b: int) -> Any:
     @operation(types.void)
     def emit(builder: Any) -> Any:
         return call_llvm(builder, "llvm.x86.tdpbf16ps", ir.VoidType(), _byte(total), _byte(a), _byte(b))
+
+    return emit
+
+
+def tile_dot_int8(total: int, a: int, b: int) -> Any:
+    """total[i, j] += sum over p < 16, q < 4 of a[i, 4p + q] * b[p, 4j + q], int32 += int8."""
+
+    @operation(types.void)
+    def emit(builder: Any) -> Any:
+        return call_llvm(builder, "llvm.x86.tdpbssd", ir.VoidType(), _byte(total), _byte(a), _byte(b))
 
     return emit

@@ -1,15 +1,47 @@
-"""Which product serves a linear layer on CPU: decided once per process, by the machine, and logged with the reason.
+"""What serves an op: decided once per process, by the machine, and logged with the reason.
 
-The limits were measured with `kernels/bench/cpu_decode.py`; its table is in `kernels/README.md`.
+On CUDA each op asks `on_triton`; which tensors its kernel takes is the op's own question. On CPU the compiled loops
+serve what they take, and the linear layer chooses its product by the number of rows. Those limits were measured with
+`kernels/bench/cpu_decode.py`; its table is in `kernels/README.md`.
 """
 
 import functools
+import importlib.util
 import logging
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from rayllm_kernels.amx import amx_problem
 
 logger = logging.getLogger(__name__)
+
+
+def on_triton(op: str, x: Tensor) -> bool:
+    """Whether the Triton kernel of `op` serves tensors on x's device."""
+    return x.is_cuda and _has_triton(op)
+
+
+@functools.cache
+def _has_triton(op: str) -> bool:
+    problem = triton_problem()
+    if problem is None:
+        logger.info("%s on CUDA: Triton, on %s", op, torch.cuda.get_device_name())
+    else:
+        logger.warning("%s on CUDA: torch, because %s", op, problem)
+    return problem is None
+
+
+def triton_problem() -> str | None:
+    """Why Triton cannot serve CUDA tensors here, None where it can. Does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'rayllm[gpu]')"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built for {'ROCm' if torch.version.hip else 'no GPU'}, not for CUDA"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,4 +62,28 @@ def linear_limits() -> LinearLimits:
     else:
         limits = LinearLimits(vector_float32=16, vector_bfloat16=4, tile_bfloat16=0)
         logger.info("bfloat16 linear: vectors up to 4 rows, torch above, because %s", problem)
+    return limits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Limits:
+    """The most rows of x for which vectors are the fastest; above them AMX tiles are, or torch without `tiles`."""
+
+    tiles: bool
+    vector_w8a8: int
+    vector_float32: int  # W8A16, by the dtype of x
+    vector_bfloat16: int
+
+
+@functools.cache
+def int8_limits() -> Int8Limits:
+    problem = amx_problem()
+    if problem is None:
+        limits = Int8Limits(tiles=True, vector_w8a8=4, vector_float32=16, vector_bfloat16=8)
+        logger.info("int8 linear: vectors up to 4 rows (8 with bfloat16 activations), AMX tiles above")
+    else:
+        limits = Int8Limits(tiles=False, vector_w8a8=16, vector_float32=16, vector_bfloat16=8)
+        logger.info(
+            "int8 linear: vectors up to 16 rows (8 with bfloat16 activations), torch above, because %s", problem
+        )
     return limits

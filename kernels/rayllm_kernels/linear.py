@@ -7,45 +7,24 @@ time. Both read the weight where it lies, in its checkpoint layout, and accumula
 of x gives does not depend on how many other rows there are. `dispatch` says which serves when.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
-from numba.core import cgutils
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayllm_kernels.amx import (
-    TILE_CONFIG,
-    load_tile_config,
-    release_tiles,
-    tile_dot_bf16,
-    tile_load,
-    tile_store,
-    tile_zero,
-)
+from rayllm_kernels.amx import TILE_CONFIG, load_tile_config, release_tiles
+from rayllm_kernels.blocks import STRIPE, TILE, dot_floats, pack, sum_stripe_bf16
 from rayllm_kernels.dispatch import linear_limits
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
-    FLOATS,
     LANES,
     add,
     broadcast,
-    emit_fma,
-    emit_load,
-    emit_load_bf16,
-    emit_prefetch,
-    emit_sum_lanes,
     inlined,
     load,
     load_bf16,
     load_f32,
     load_f32_from_bf16,
-    operation,
-    pointer,
-    splat,
     store,
     store_bf16,
     store_bf16_scalar,
@@ -54,8 +33,6 @@ from rayllm_kernels.simd import (
 )
 
 _BLOCK = 4  # weight rows, and rows of x, whose sums the vector product keeps in registers
-_CACHE_LINE = 64
-_AHEAD = 8192  # bytes
 _BYTES_PER_TASK = 1 << 18  # of weights, about: 10 microseconds of reading
 
 
@@ -64,45 +41,8 @@ def linear_reference(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None)
     return F.linear(x, weight_NK, bias_N)
 
 
-def _dot_block(rows: int, columns: int, *, bf16: bool) -> Any:
-    """Intrinsic: `rows` weight rows times `columns` float32 rows of x -> float32 [rows, columns] at `out`.
-
-    Arguments: weight, x, length of a row (whole cache lines of weights), out. Every sum adds up in the same order,
-    whatever the block's shape. Fetches weights into the second-level cache ahead of their use: left to itself the
-    hardware starts anew at each page and reaches two thirds of the bandwidth.
-    """
-    item, emit_weight = (2, emit_load_bf16) if bf16 else (4, emit_load)
-    per_line = _CACHE_LINE // item
-
-    @operation(types.void, types.int64, types.int64, types.int64, types.int64)
-    def emit(builder: Any, weight: Any, x: Any, length: Any, out: Any) -> Any:
-        int64 = ir.IntType(64)
-        pitch = builder.mul(length, int64(item))
-        starts = [builder.add(weight, builder.mul(pitch, int64(r))) for r in range(rows)]
-        vectors = [builder.add(x, builder.mul(length, int64(4 * c))) for c in range(columns)]
-        ahead = int64(_AHEAD) if rows == 1 else builder.mul(pitch, int64(rows))
-        sums = [[cgutils.alloca_once_value(builder, splat(0.0, FLOATS)) for _ in vectors] for _ in starts]
-        with cgutils.for_range(builder, builder.udiv(length, int64(per_line))) as loop:
-            line = builder.mul(loop.index, int64(_CACHE_LINE))
-            for start in starts:
-                emit_prefetch(builder, builder.add(builder.add(start, line), ahead))
-            for part in range(0, per_line, LANES):
-                step = builder.add(line, int64(part * item))
-                x_step = builder.add(builder.mul(loop.index, int64(per_line * 4)), int64(part * 4))
-                values = [emit_load(builder, builder.add(vector, x_step)) for vector in vectors]
-                for start, totals in zip(starts, sums, strict=True):
-                    wide = emit_weight(builder, builder.add(start, step))
-                    for value, total in zip(values, totals, strict=True):
-                        builder.store(emit_fma(builder, wide, value, builder.load(total)), total)
-        for i, total in enumerate(total for totals in sums for total in totals):
-            target = pointer(builder, builder.add(out, int64(4 * i)), ir.FloatType())
-            builder.store(emit_sum_lanes(builder, builder.load(total)), target)
-
-    return emit
-
-
-_dot_bf16_1, _dot_bf16_4 = _dot_block(1, 1, bf16=True), _dot_block(_BLOCK, _BLOCK, bf16=True)
-_dot_f32_1, _dot_f32_4 = _dot_block(1, 1, bf16=False), _dot_block(_BLOCK, _BLOCK, bf16=False)
+_dot_bf16_1, _dot_bf16_4 = dot_floats(1, 1, "bfloat16"), dot_floats(_BLOCK, _BLOCK, "bfloat16")
+_dot_f32_1, _dot_f32_4 = dot_floats(1, 1, "float32"), dot_floats(_BLOCK, _BLOCK, "float32")
 
 
 @inlined
@@ -156,76 +96,35 @@ def _multiply_vectors(block: int) -> None:
 
 _multiply_vectors_kernel = Kernel(_multiply_vectors, integers=9)
 
-_TILE = 16  # weight rows, rows of x, and pairs of bfloat16 along the length, of one tile
-_STRIPE = 32  # weight rows multiplied at a time: with one tile, each product would wait for the one before
-_zero_0, _zero_1, _zero_2, _zero_3 = (tile_zero(i) for i in range(4))
-_store_0, _store_1, _store_2, _store_3 = (tile_store(i) for i in range(4))
-_load_upper, _load_lower, _load_left, _load_right = (tile_load(i) for i in range(4, 8))
-_dot_upper_left, _dot_lower_left = tile_dot_bf16(0, 4, 6), tile_dot_bf16(1, 5, 6)
-_dot_upper_right, _dot_lower_right = tile_dot_bf16(2, 4, 7), tile_dot_bf16(3, 5, 7)
-
-
-@inlined
-def _pack(x: int, rows: int, length: int, zeros: int, packed: int) -> None:
-    """x [rows <= 16, length] of bfloat16 -> pairs along the length by row [length / 2, 16], rows past the end zero."""
-    for pair in range(0, length // 2, _TILE):
-        transpose(x + 4 * pair, 2 * length, rows, zeros, packed + 64 * pair)
-
-
-@inlined
-def _sum_stripe(weight: int, left: int, right: int, length: int, sums: int) -> None:
-    """32 weight rows times 16 packed rows of x, or twice 16 -> float32 [left and right, 32 weight rows, 16] at sums.
-
-    `right` 0: none.
-    """
-    _zero_0()
-    _zero_1()
-    _zero_2()
-    _zero_3()
-    for k in range(0, length, 2 * _TILE):
-        _load_left(left + 32 * k, 64)
-        _load_upper(weight + 2 * k, 2 * length)
-        _dot_upper_left()
-        _load_lower(weight + 2 * (_TILE * length + k), 2 * length)
-        _dot_lower_left()
-        if right != 0:
-            _load_right(right + 32 * k, 64)
-            _dot_upper_right()
-            _dot_lower_right()
-    _store_0(sums, 64)
-    _store_1(sums + 1024, 64)
-    if right != 0:
-        _store_2(sums + 2048, 64)
-        _store_3(sums + 3072, 64)
-
 
 def _multiply_tiles(block: int) -> None:
     """Kernel: task = some weight rows, a multiple of 32. All bfloat16. `bias` 0: none."""
     x, weight, bias, out = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
     rows, outputs, length = integer(block, 4), integer(block, 5), integer(block, 6)
     outputs_per_task, tile_config = integer(block, 7), integer(block, 8)
-    tiles = (rows + _TILE - 1) // _TILE
-    scratch = np.empty(tiles * length // 2 * _TILE + 1024 + 256 + 2 * LANES, np.float32)
+    tiles = (rows + TILE - 1) // TILE
+    scratch = np.empty(tiles * length // 2 * TILE + 1024 + 256 + 2 * LANES, np.float32)
     packed = (scratch.ctypes.data + 63) // 64 * 64
     sums = packed + 32 * tiles * length
     turned = sums + 4096
     zeros = turned + 1024
     store(zeros, broadcast(np.float32(0.0)))
     for tile in range(tiles):
-        _pack(x + 2 * tile * _TILE * length, rows - tile * _TILE, length, zeros, packed + 32 * tile * length)
+        pack(x + 2 * tile * TILE * length, rows - tile * TILE, 2 * length, zeros, packed + 32 * tile * length)
     load_tile_config(tile_config)
     task = next_task(block)
     while task >= 0:
         first = task * outputs_per_task
-        for n in range(first, min(outputs, first + outputs_per_task), _STRIPE):
+        for n in range(first, min(outputs, first + outputs_per_task), STRIPE):
             for tile in range(0, tiles, 2):
                 left = packed + 32 * tile * length
-                _sum_stripe(weight + 2 * n * length, left, left + 32 * length if tile + 1 < tiles else 0, length, sums)
+                right = left + 32 * length if tile + 1 < tiles else 0
+                sum_stripe_bf16(weight + 2 * n * length, left, right, 2 * length, sums)
                 for part in range(4 if tile + 1 < tiles else 2):
-                    transpose(sums + 1024 * part, 64, _TILE, zeros, turned)
-                    row, column = (tile + part // 2) * _TILE, n + part % 2 * _TILE
+                    transpose(sums + 1024 * part, 64, TILE, zeros, turned)
+                    row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
                     offset = load_bf16(bias + 2 * column) if bias != 0 else broadcast(np.float32(0.0))
-                    for m in range(min(_TILE, rows - row)):
+                    for m in range(min(TILE, rows - row)):
                         store_bf16(out + 2 * ((row + m) * outputs + column), add(load(turned + 64 * m), offset))
         task = next_task(block)
     release_tiles()
@@ -249,7 +148,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     ):
         return linear_reference(x, weight_NK, bias_N)
     limits, bf16 = linear_limits(), x.dtype == torch.bfloat16
-    if bf16 and limits.vector_bfloat16 < rows <= limits.tile_bfloat16 and outputs % _STRIPE == length % 32 == 0:
+    if bf16 and limits.vector_bfloat16 < rows <= limits.tile_bfloat16 and outputs % STRIPE == length % 32 == 0:
         kernel, last = _multiply_tiles_kernel, TILE_CONFIG
     elif (
         rows <= (limits.vector_bfloat16 if bf16 else limits.vector_float32 if x.dtype == torch.float32 else 0)
@@ -262,7 +161,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     out = empty((*x.shape[:-1], outputs), x)
     threads = torch.get_num_threads()
     tasks = -(-outputs * length * x.element_size() // (_BYTES_PER_TASK * threads)) * threads
-    per_task = -(-outputs // (tasks * _STRIPE)) * _STRIPE
+    per_task = -(-outputs // (tasks * STRIPE)) * STRIPE
     kernel(
         -(-outputs // per_task),
         x.data_ptr(),

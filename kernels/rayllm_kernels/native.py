@@ -31,9 +31,9 @@ from rayllm_kernels.simd import fetch_increment, inlined, load_f64, load_i64
 logger = logging.getLogger(__name__)
 
 _HEADER = 2  # ticket, tasks
-# numba keys its cache by the file that holds a kernel; the helpers that go into it are named here by their content.
+# numba keys its cache by the file that holds a kernel; what goes into it from other files is named here by its content.
 _HELPERS = hashlib.sha256(
-    b"".join((Path(__file__).parent / name).read_bytes() for name in ("simd.py", "amx.py", "native.py"))
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 ).hexdigest()[:12]
 _REGISTRY: list["Kernel"] = []
 

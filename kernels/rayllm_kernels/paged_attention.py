@@ -7,6 +7,9 @@ context and table entries past the last block are never read, so they may hold a
 
 `window` w: a token sees itself and the w - 1 tokens before it. Query head h reads kv head `h // (H // K)`. A query that
 sees no key gives zeros.
+
+Caches of int8 hold value * scale, with a float32 scale for each token and head at the same slot of `k_scales_NPK` and
+`v_scales_NPK`, as `store_kv` writes them.
 """
 
 import math
@@ -28,6 +31,7 @@ from rayllm_kernels.simd import (
     load,
     load_bf16,
     load_f32,
+    load_i8,
     load_i32,
     load_i64,
     max_lanes,
@@ -42,12 +46,18 @@ from rayllm_kernels.simd import (
 )
 
 
-def _gather(cache_NPKE: Tensor, blocks_M: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens `start` to `stop` of the sequence that owns `blocks_M` -> [stop - start, K, E]."""
+def _gather(
+    cache_NPKE: Tensor, scales_NPK: Tensor | None, blocks_M: Tensor, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Tokens `start` to `stop` of the sequence that owns `blocks_M` -> [stop - start, K, E] in `dtype`."""
     page = cache_NPKE.shape[1]
     first = start // page
-    tokens = cache_NPKE[blocks_M[first : -(-stop // page)]].flatten(0, 1)
-    return tokens[start - first * page : stop - first * page]
+    blocks = blocks_M[first : -(-stop // page)]
+    tokens = slice(start - first * page, stop - first * page)
+    values_SKE = cache_NPKE[blocks].flatten(0, 1)[tokens].to(dtype)
+    return (
+        values_SKE if scales_NPK is None else values_SKE * scales_NPK[blocks].flatten(0, 1)[tokens, :, None].to(dtype)
+    )
 
 
 def paged_attention_reference(
@@ -61,6 +71,8 @@ def paged_attention_reference(
     context_lens_B: Tensor,
     scale: float,
     window: int | None,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
 ) -> Tensor:
     """The contract of `paged_attention` in plain torch, in the wider of q's and the cache's dtype, on any device."""
     dtype = torch.promote_types(torch.promote_types(q_THE.dtype, k_cache_NPKE.dtype), torch.float32)
@@ -73,8 +85,8 @@ def paged_attention_reference(
         if length == 0 or context == 0:
             continue
         k_SHE, v_SHE = (
-            _gather(cache, block_tables_RM[row].long(), 0, context).to(dtype).repeat_interleave(group, dim=1)
-            for cache in (k_cache_NPKE, v_cache_NPKE)
+            _gather(cache, scales, block_tables_RM[row].long(), 0, context, dtype).repeat_interleave(group, dim=1)
+            for cache, scales in ((k_cache_NPKE, k_scales_NPK), (v_cache_NPKE, v_scales_NPK))
         )
         scores = torch.einsum("qhe,she->hqs", q_THE[queries].to(dtype), k_SHE) * scale
         at = torch.arange(context - length, context, device=q_THE.device)[:, None]
@@ -91,36 +103,38 @@ _TILE = 64  # keys per softmax update; a multiple of the lanes
 
 
 @inlined
-def _load(address: int, is_bf16: int) -> F32x16:
-    """LANES values of either dtype, as float32."""
-    return load_bf16(address) if is_bf16 else load(address)  # type: ignore[no-any-return]
+def _load(address: int, item: int) -> F32x16:
+    """LANES values as float32; `item`: bytes of one, 4 for float32, 2 for bfloat16, 1 for int8."""
+    if item == 1:
+        return load_i8(address)  # type: ignore[no-any-return]
+    return load_bf16(address) if item == 2 else load(address)  # type: ignore[no-any-return]
 
 
 @inlined
-def _dot(a: int, b: int, length: int, b_is_bf16: int) -> float:
-    """Scalar product of a float32 array and one of either dtype whose `length` is a multiple of 16."""
+def _dot(a: int, b: int, length: int, item: int) -> float:
+    """Scalar product of a float32 array and one of any dtype whose `length` is a multiple of 16."""
     s0 = s1 = s2 = s3 = broadcast(np.float32(0.0))
-    whole, item = length // 64 * 64, 2 if b_is_bf16 else 4
+    whole = length // 64 * 64
     for i in range(0, whole, 64):
         x, y = a + 4 * i, b + item * i
-        s0 = fma(load(x), _load(y, b_is_bf16), s0)
-        s1 = fma(load(x + 64), _load(y + 16 * item, b_is_bf16), s1)
-        s2 = fma(load(x + 128), _load(y + 32 * item, b_is_bf16), s2)
-        s3 = fma(load(x + 192), _load(y + 48 * item, b_is_bf16), s3)
+        s0 = fma(load(x), _load(y, item), s0)
+        s1 = fma(load(x + 64), _load(y + 16 * item, item), s1)
+        s2 = fma(load(x + 128), _load(y + 32 * item, item), s2)
+        s3 = fma(load(x + 192), _load(y + 48 * item, item), s3)
     for i in range(whole, length, LANES):
-        s0 = fma(load(a + 4 * i), _load(b + item * i, b_is_bf16), s0)
+        s0 = fma(load(a + 4 * i), _load(b + item * i, item), s0)
     return sum_lanes(add(add(s0, s1), add(s2, s3)))  # type: ignore[no-any-return]
 
 
 @inlined
 def _accumulate(
-    acc: int, decay: float, weights: int, addresses: int, shift: int, keys: int, length: int, is_bf16: int
+    acc: int, decay: float, weights: int, addresses: int, shift: int, keys: int, length: int, item: int
 ) -> None:
     """acc[0:length] = acc * decay + sum over j < keys of weights[j] * (array at addresses[j] + shift).
 
-    acc and weights are float32, the arrays bfloat16 or float32.
+    acc and weights are float32, the arrays of any dtype.
     """
-    whole, item = length // 64 * 64, 2 if is_bf16 else 4
+    whole = length // 64 * 64
     scale = broadcast(np.float32(decay))
     for i in range(0, whole, 64):
         target = acc + 4 * i
@@ -129,10 +143,10 @@ def _accumulate(
         for j in range(keys):
             weight = broadcast(load_f32(weights + 4 * j))
             value = load_i64(addresses + 8 * j) + shift + item * i
-            s0 = fma(weight, _load(value, is_bf16), s0)
-            s1 = fma(weight, _load(value + 16 * item, is_bf16), s1)
-            s2 = fma(weight, _load(value + 32 * item, is_bf16), s2)
-            s3 = fma(weight, _load(value + 48 * item, is_bf16), s3)
+            s0 = fma(weight, _load(value, item), s0)
+            s1 = fma(weight, _load(value + 16 * item, item), s1)
+            s2 = fma(weight, _load(value + 32 * item, item), s2)
+            s3 = fma(weight, _load(value + 48 * item, item), s3)
         store(target, s0)
         store(target + 64, s1)
         store(target + 128, s2)
@@ -141,7 +155,7 @@ def _accumulate(
         s0 = mul(load(acc + 4 * i), scale)
         for j in range(keys):
             value = load_i64(addresses + 8 * j) + shift + item * i
-            s0 = fma(broadcast(load_f32(weights + 4 * j)), _load(value, is_bf16), s0)
+            s0 = fma(broadcast(load_f32(weights + 4 * j)), _load(value, item), s0)
         store(acc + 4 * i, s0)
 
 
@@ -163,9 +177,9 @@ def _softmax_tile(scores: int, keys: int, highest: float) -> tuple[float, float]
 @inlined
 def _load_scaled(source: int, target: int, length: int, scale: float, is_bf16: int) -> None:
     """target[0:length] = source * scale, as float32."""
-    factor = broadcast(np.float32(scale))
+    factor, item = broadcast(np.float32(scale)), 2 if is_bf16 else 4
     for i in range(0, length, LANES):
-        store(target + 4 * i, mul(_load(source + (2 if is_bf16 else 4) * i, is_bf16), factor))
+        store(target + 4 * i, mul(_load(source + item * i, item), factor))
 
 
 @inlined
@@ -206,9 +220,10 @@ def _attend_pages(block: int) -> None:
     heads, kv_heads, head_dim, page = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
     table_stride, token_stride, head_stride = integer(block, 12), integer(block, 13), integer(block, 14)
     is_bf16, window, longest = integer(block, 15), integer(block, 16), integer(block, 17)
-    cache_is_bf16, scale = integer(block, 18), real(block, 19)
+    cache_item, k_scales, v_scales = integer(block, 18), integer(block, 19), integer(block, 20)
+    scale = real(block, 21)
     group, head_bytes, item = heads // kv_heads, 4 * head_dim, 2 if is_bf16 else 4
-    page_head_bytes = (2 if cache_is_bf16 else 4) * head_dim
+    page_head_bytes = cache_item * head_dim
     floats, integers = np.empty(group * (2 * head_dim + _TILE + 2), np.float32), np.empty(_TILE, np.int64)
     queries, addresses = floats.ctypes.data, integers.ctypes.data
     acc = queries + group * head_bytes
@@ -242,16 +257,21 @@ def _attend_pages(block: int) -> None:
                 offset = load_i64(addresses + 8 * j)
                 for i in range(0, page_head_bytes, 64):
                     prefetch(v_cache + offset + i)
+                step = load_f32(k_scales + 4 * (offset // page_head_bytes)) if k_scales != 0 else np.float32(1.0)
                 for g in range(group):
-                    score = _dot(queries + g * head_bytes, k_cache + offset, head_dim, cache_is_bf16)
-                    store_f32(scores + 4 * (g * _TILE + j), score)
+                    score = _dot(queries + g * head_bytes, k_cache + offset, head_dim, cache_item)
+                    store_f32(scores + 4 * (g * _TILE + j), np.float32(score * step))
             for g in range(group):
                 old, weights = load_f32(highest + 4 * g), scores + 4 * g * _TILE
                 new, total = _softmax_tile(weights, keys, old)
                 decay = math.exp(old - new)
                 store_f32(highest + 4 * g, new)
                 store_f32(totals + 4 * g, np.float32(load_f32(totals + 4 * g) * decay + total))
-                _accumulate(acc + g * head_bytes, decay, weights, addresses, v_cache, keys, head_dim, cache_is_bf16)
+                if v_scales != 0:
+                    for j in range(keys):
+                        step = load_f32(v_scales + 4 * (load_i64(addresses + 8 * j) // page_head_bytes))
+                        store_f32(weights + 4 * j, np.float32(load_f32(weights + 4 * j) * step))
+                _accumulate(acc + g * head_bytes, decay, weights, addresses, v_cache, keys, head_dim, cache_item)
             first += keys
         for g in range(group):
             total = load_f32(totals + 4 * g)
@@ -261,7 +281,7 @@ def _attend_pages(block: int) -> None:
     floats[0] = integers[0] = 0  # numba frees an array after its last use, and addresses are no use
 
 
-_attend_pages_kernel = Kernel(_attend_pages, integers=19, reals=1)
+_attend_pages_kernel = Kernel(_attend_pages, integers=21, reals=1)
 
 
 def _attend_gathered(q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, window: int | None) -> Tensor:
@@ -287,7 +307,7 @@ def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, ta
     return (
         q.is_cpu
         and (q.dtype == torch.bfloat16 or q.dtype == torch.float32)
-        and (k_cache.dtype == torch.bfloat16 or k_cache.dtype == torch.float32)
+        and (k_cache.dtype == torch.bfloat16 or k_cache.dtype == torch.float32 or k_cache.dtype == torch.int8)
         and k_cache.dtype == v_cache.dtype
         and q.shape[2] % LANES == 0
         and q.stride(2) == 1
@@ -311,10 +331,20 @@ def paged_attention(
     context_lens_B: Tensor,
     scale: float,
     window: int | None,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend as the module says; `out` (shape and dtype of q) is filled and returned when given."""
     out_THE = empty(q_THE.shape, q_THE) if out is None else out
+    if q_THE.is_cuda and not torch.is_grad_enabled():
+        from rayllm_kernels.gpu import paged_attention as gpu
+
+        if gpu.supports(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM):
+            lengths = (rows_B, query_start_B1, context_lens_B)
+            caches = (k_cache_NPKE, v_cache_NPKE, k_scales_NPK, v_scales_NPK)
+            gpu.paged_attention(q_THE, *caches, block_tables_RM, *lengths, scale, window, out_THE)
+            return out_THE
     sequences, longest = rows_B.shape[0], 0
     if _pages_in_place(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM) and all(
         x.dtype == torch.int32 and x.is_contiguous() for x in (rows_B, query_start_B1, context_lens_B)
@@ -342,7 +372,9 @@ def paged_attention(
             q_THE.dtype == torch.bfloat16,
             window or 0,
             longest,
-            k_cache_NPKE.dtype == torch.bfloat16,
+            k_cache_NPKE.dtype.itemsize,
+            0 if k_scales_NPK is None else k_scales_NPK.data_ptr(),
+            0 if v_scales_NPK is None else v_scales_NPK.data_ptr(),
             scale,
         )
         if decode_only:
@@ -359,7 +391,12 @@ def paged_attention(
             continue
         first = 0 if window is None else max(0, context - length - window + 1)
         blocks_M = block_tables_RM[int(rows_B[b])].long()
-        wide = torch.promote_types(k_cache_NPKE.dtype, torch.float32) if q_THE.is_cpu else k_cache_NPKE.dtype
-        k_SKE, v_SKE = (_gather(cache, blocks_M, first, context).to(wide) for cache in (k_cache_NPKE, v_cache_NPKE))
+        wide = q_THE.dtype if k_cache_NPKE.dtype == torch.int8 else k_cache_NPKE.dtype
+        if q_THE.is_cpu:
+            wide = torch.promote_types(wide, torch.float32)
+        k_SKE, v_SKE = (
+            _gather(cache, scales, blocks_M, first, context, wide)
+            for cache, scales in ((k_cache_NPKE, k_scales_NPK), (v_cache_NPKE, v_scales_NPK))
+        )
         out_THE[queries] = _attend_gathered(q_THE[queries], k_SKE, v_SKE, scale, window).to(q_THE.dtype)
     return out_THE

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayllm_kernels.dispatch import on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
@@ -91,6 +92,12 @@ _norm_rows_kernel = Kernel(_norm_rows, integers=10, reals=1, parallel_from=2)
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; any leading dimensions. Heads may be a slice of a fused product."""
+    if on_triton("rms_norm", x_TD):
+        from rayllm_kernels.gpu import rms_norm as gpu
+
+        if gpu.supports(x_TD, weight_D):
+            normed: Tensor = gpu.rms_norm(x_TD, weight_D, eps)
+            return normed
     if not _compiled(x_TD, weight_D):
         return rms_norm_reference(x_TD, weight_D, eps)
     return _run(x_TD, None, weight_D, eps)[0]
@@ -98,6 +105,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (rms_norm(residual + x), residual + x), in one pass."""
+    if on_triton("add_rms_norm", x_TD):
+        from rayllm_kernels.gpu import rms_norm as gpu
+
+        if gpu.supports_sum(x_TD, residual_TD, weight_D):
+            both: tuple[Tensor, Tensor] = gpu.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+            return both
     if not (
         _compiled(x_TD, weight_D)
         and x_TD.is_contiguous()

@@ -7,6 +7,7 @@ Computes no angles.
 import torch
 from torch import Tensor
 
+from rayllm_kernels.dispatch import on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import LANES, add, inlined, load, load_bf16, mul, round_bf16, store, store_bf16, sub
 
@@ -64,6 +65,12 @@ _rotate_heads_kernel = Kernel(_rotate_heads, integers=12, parallel_from=8)
 
 def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
     """-> rotated q and k, contiguous. `cos_TE` and `sin_TE` repeat the angles in both halves; the second is read."""
+    if on_triton("apply_rotary", q_THE):
+        from rayllm_kernels.gpu import rotary as gpu
+
+        if gpu.supports(q_THE, k_TKE, cos_TE, sin_TE):
+            rotated: tuple[Tensor, Tensor] = gpu.rotary(q_THE, k_TKE, cos_TE, sin_TE, False)
+            return rotated
     if not (takes_heads(q_THE, cos_TE, sin_TE) and takes_heads(k_TKE, cos_TE, sin_TE)):
         return apply_rotary_reference(q_THE, k_TKE, cos_TE, sin_TE)
     q_out = empty(q_THE.shape, q_THE)

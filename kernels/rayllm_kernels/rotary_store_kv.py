@@ -7,6 +7,7 @@ feel the second start of a kernel in every layer.
 import torch
 from torch import Tensor
 
+from rayllm_kernels.dispatch import on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.rotary import apply_rotary, rotate_head, takes_heads
 from rayllm_kernels.simd import LANES, load, load_i64, store
@@ -22,10 +23,12 @@ def rotary_store_kv_reference(
     k_cache_NPKE: Tensor,
     v_cache_NPKE: Tensor,
     slot_mapping_T: Tensor,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
 ) -> Tensor:
     """The contract of `rotary_store_kv` by the two ops that it joins, on any device."""
     q_THE, k_TKE = apply_rotary(q_THE, k_TKE, cos_TE, sin_TE)
-    store_kv(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
+    store_kv(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T, k_scales_NPK, v_scales_NPK)
     return q_THE
 
 
@@ -61,17 +64,26 @@ def rotary_store_kv(
     k_cache_NPKE: Tensor,
     v_cache_NPKE: Tensor,
     slot_mapping_T: Tensor,
+    k_scales_NPK: Tensor | None = None,
+    v_scales_NPK: Tensor | None = None,
 ) -> Tensor:
     """-> the rotated queries; the rotated keys, and the values, lie in their slots."""
+    if on_triton("rotary_store_kv", q_THE) and not torch.is_grad_enabled():
+        from rayllm_kernels.gpu import rotary_store_kv as gpu
+
+        if gpu.supports(q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
+            rotated_THE: Tensor = gpu.rotary_store_kv(
+                q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T
+            )
+            return rotated_THE
     if not (
         takes_heads(q_THE, cos_TE, sin_TE)
         and takes_heads(k_TKE, cos_TE, sin_TE)
         and takes_pages(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T)
         and k_TKE.dtype == k_cache_NPKE.dtype
     ):
-        return rotary_store_kv_reference(
-            q_THE, k_TKE, v_TKE, cos_TE, sin_TE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T
-        )
+        target = (k_cache_NPKE, v_cache_NPKE, slot_mapping_T, k_scales_NPK, v_scales_NPK)
+        return rotary_store_kv_reference(q_THE, k_TKE, v_TKE, cos_TE, sin_TE, *target)
     tokens, heads, head_dim = q_THE.shape
     item = q_THE.element_size()
     q_out = empty(q_THE.shape, q_THE)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rayllm_kernels.dispatch import on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -59,6 +60,12 @@ _gate_rows_kernel = Kernel(_gate_rows, integers=7, parallel_from=16)
 
 def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """silu(gate) * up, contiguous; gate and up may be column slices of one matrix."""
+    if on_triton("silu_mul", gate_TF):
+        from rayllm_kernels.gpu import silu_mul as gpu
+
+        if gpu.supports(gate_TF, up_TF):
+            product: Tensor = gpu.silu_mul(gate_TF, up_TF)
+            return product
     if not (_compiled(gate_TF) and _compiled(up_TF) and gate_TF.dtype == up_TF.dtype):
         return silu_mul_reference(gate_TF, up_TF)
     rows, size = gate_TF.shape

@@ -31,6 +31,8 @@ VECTOR = _VectorType()
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
 INTS = ir.VectorType(ir.IntType(32), LANES)
 SHORTS = ir.VectorType(ir.IntType(16), LANES)
+BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)  # as many bytes as the others have
+_FEW_BYTES = ir.VectorType(ir.IntType(8), LANES)
 _INT32 = ir.IntType(32)
 
 
@@ -183,6 +185,26 @@ def emit_load_bf16(builder: Any, address: Any) -> Any:
 load_bf16 = operation(VECTOR, types.int64)(emit_load_bf16)
 
 
+def emit_load_i8(builder: Any, address: Any) -> Any:
+    few = builder.load(pointer(builder, address, _FEW_BYTES), align=1)
+    return builder.sitofp(builder.sext(few, INTS), FLOATS)
+
+
+load_i8 = operation(VECTOR, types.int64)(emit_load_i8)
+
+
+@operation(types.void, types.int64, VECTOR)
+def store_i8(builder: Any, address: Any, vector: Any) -> Any:
+    """Integers from -128 to 127, as `rint` gives them; what others become is undefined."""
+    few = builder.trunc(builder.fptosi(vector, INTS), _FEW_BYTES)
+    return builder.store(few, pointer(builder, address, _FEW_BYTES), align=1)
+
+
+@operation(VECTOR, types.int64)
+def load_f32_from_i32(builder: Any, address: Any) -> Any:
+    return builder.sitofp(builder.load(pointer(builder, address, INTS), align=4), FLOATS)
+
+
 def _round_to_bf16(builder: Any, vector: Any) -> Any:
     """Bits of the nearest bfloat16 (ties to even) in the upper half; a NaN stays one by setting its quiet bit."""
     bits = builder.bitcast(vector, INTS)
@@ -196,6 +218,13 @@ def _round_to_bf16(builder: Any, vector: Any) -> Any:
 @operation(types.void, types.int64, VECTOR)
 def store_bf16(builder: Any, address: Any, vector: Any) -> Any:
     upper = builder.lshr(_round_to_bf16(builder, vector), splat(16, INTS))
+    return builder.store(builder.trunc(upper, SHORTS), pointer(builder, address, SHORTS), align=2)
+
+
+@operation(types.void, types.int64, VECTOR)
+def store_bf16_exact(builder: Any, address: Any, vector: Any) -> Any:
+    """Values that bfloat16 can hold."""
+    upper = builder.lshr(builder.bitcast(vector, INTS), splat(16, INTS))
     return builder.store(builder.trunc(upper, SHORTS), pointer(builder, address, SHORTS), align=2)
 
 
@@ -224,6 +253,27 @@ def mul(builder: Any, a: Any, b: Any) -> Any:
 @operation(VECTOR, VECTOR, VECTOR)
 def div(builder: Any, a: Any, b: Any) -> Any:
     return builder.fdiv(a, b)
+
+
+@operation(VECTOR, VECTOR)
+def rint(builder: Any, x: Any) -> Any:
+    """The nearest integer, ties to even."""
+    return call_llvm(builder, "llvm.rint.v16f32", FLOATS, x)
+
+
+@operation(VECTOR, VECTOR, VECTOR)
+def max_abs(builder: Any, total: Any, x: Any) -> Any:
+    """The larger of total, not negative, and |x|, lane by lane; NaN is larger than anything."""
+    bits = builder.and_(builder.bitcast(x, INTS), splat(0x7FFFFFFF, INTS))
+    so_far = builder.bitcast(total, INTS)  # the order of non-negative floats is that of their bits
+    return builder.bitcast(builder.select(builder.icmp_signed(">", bits, so_far), bits, so_far), FLOATS)
+
+
+@operation(types.float32, VECTOR)
+def max_abs_lanes(builder: Any, vector: Any) -> Any:
+    """The largest lane of what `max_abs` gives, NaN if there is one."""
+    bits = builder.bitcast(vector, INTS)
+    return builder.bitcast(call_llvm(builder, "llvm.vector.reduce.smax.v16i32", _INT32, bits), ir.FloatType())
 
 
 def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:

@@ -52,10 +52,23 @@ def stdout_kept_clean() -> Iterator[None]:
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, silent where stderr is no terminal; yields `advance(steps)`."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     # redirect_stdout is off: results and streamed answers go to stdout themselves
     with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as bars:
         task = bars.add_task(description, total=total)

@@ -70,7 +70,7 @@ def _run(config: EngineConfig, prompts: list[str], params: SamplingParams, *, ch
             inputs: list[str | list[int]] = list(prompts)
             if chat:
                 inputs = [llm.tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in prompts]
-            return llm.generate(inputs, params, on_output=lambda output: advance(1))
+            return llm.generate(inputs, params, on_output=lambda index, output: advance(1))
 
 
 def as_result(model: str, prompts: list[str], outputs: "list[RequestOutput]") -> dict[str, object]:

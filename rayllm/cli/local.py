@@ -12,6 +12,7 @@ def open_llm(config: EngineConfig) -> LLM:
         tensor_parallel_size=config.parallel.tensor,
         pipeline_parallel_size=config.parallel.pipeline,
         max_model_len=config.model.max_model_len,
+        quantize=config.model.quantize,
         cache=config.cache,
         scheduler=config.scheduler,
     )

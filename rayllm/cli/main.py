@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from rayllm.cli import chat, generate, models, plan, serve
+from rayllm.cli import chat, eval_report, generate, models, plan, quantize, serve
+from rayllm.cli import eval as evaluation
 from rayllm.cli.bench import app as bench
 from rayllm.cli.console import note, set_up_logging
 from rayllm.core.errors import RayLLMError
@@ -27,6 +28,9 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
+app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
+evaluation.app.command("report", epilog=eval_report.EXAMPLES)(eval_report.report)
+app.add_typer(evaluation.app, name="eval")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 
 

@@ -41,6 +41,14 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option("--replicas", help="Copies of the model, each with its ranks [1].")
     ] = None,
+    shard_recovery_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--shard-recovery-timeout",
+            help="When a rank is lost, how many seconds requests wait for it to be replaced before they fail [120].",
+            min=0.0,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C, which lets running requests finish first.
@@ -48,13 +56,13 @@ def serve(
     Starts Ray on this machine. When the model is ready, prints a line to try over HTTP and one over gRPC; with --json,
     an object with `model`, `http_url` and `grpc_address` instead.
     """
-    given = engine.sections(model) | {
-        "serve": {
-            "model_name": model_name,
-            "http_port": http_port,
-            "grpc_port": grpc_port,
-            "num_replicas": replicas,
-        }
+    given = engine.sections(model)
+    given["parallel"]["shard_recovery_timeout_s"] = shard_recovery_timeout
+    given["serve"] = {
+        "model_name": model_name,
+        "http_port": http_port,
+        "grpc_port": grpc_port,
+        "num_replicas": replicas,
     }
     settings = serve_config(merge(read_config(config) if config is not None else {}, given))
     note(f"Starting {settings.served_model} ...")
@@ -84,9 +92,14 @@ def serve(
 
 
 def _greeting(server: "LocalServer") -> str:
-    body = {"model": server.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
+    body = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 32,
+        "temperature": 0,
+    }
     curl = ["curl", f"{server.http_url}/v1/chat/completions", "-H", "content-type: application/json", "-d"]
-    chat = [sys.argv[0], "chat", "--url", f"grpc://{server.grpc_address}"]
+    chat = [sys.argv[0], "chat", "--url", f"grpc://{server.grpc_address}", "--temperature", "0"]
     return (
         f"{server.model} is ready. Ctrl-C stops it. Try:\n\n"
         f"  {shlex.join([*curl, json.dumps(body)])}\n\n"

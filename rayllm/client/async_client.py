@@ -60,7 +60,7 @@ class AsyncClient:
         call = self._stub.GenerateStream(request, timeout=limit)
         try:
             async for message in call:
-                yield codec.chunk(message)
+                yield codec.chunk(message, params)
         except grpc.aio.AioRpcError as error:
             raise _typed(error) from None
         finally:

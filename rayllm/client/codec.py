@@ -85,7 +85,7 @@ def _text(field: str, value: object) -> str:
 
 
 def _token_ids(field: str, token_ids: object) -> list[int]:
-    if not isinstance(token_ids, Iterable):
+    if not isinstance(token_ids, Iterable) or isinstance(token_ids, bytes | bytearray):
         raise InvalidRequestError(field, f"must be token ids, not {type(token_ids).__name__}")
     checked: list[int] = []
     for token_id in token_ids:
@@ -131,11 +131,11 @@ def generation(message: pb.GenerateResponse, params: SamplingParams | None) -> G
             for output in message.outputs
         ],
         usage=_usage(message.usage),
-        prompt_logprobs=[None, *_logprobs(message.prompt_logprobs)] if with_prompt_logprobs else None,
+        prompt_logprobs=_prompt_logprobs(message.prompt_logprobs, params) if with_prompt_logprobs else None,
     )
 
 
-def chunk(message: pb.GenerateChunk) -> Chunk:
+def chunk(message: pb.GenerateChunk, params: SamplingParams | None) -> Chunk:
     return Chunk(
         request_id=message.request_id,
         weight_version=message.weight_version,
@@ -145,7 +145,7 @@ def chunk(message: pb.GenerateChunk) -> Chunk:
         logprobs=_logprobs(message.logprobs) or None,
         finish_reason=_FINISH_REASONS[message.finish_reason],
         stop_reason=_stop_reason(message),
-        prompt_logprobs=[None, *_logprobs(message.prompt_logprobs)] if message.prompt_logprobs else None,
+        prompt_logprobs=_prompt_logprobs(message.prompt_logprobs, params) if message.prompt_logprobs else None,
         usage=_usage(message.usage) if message.HasField("usage") else None,
     )
 
@@ -177,6 +177,12 @@ def _stop_reason(message: pb.Completion | pb.GenerateChunk) -> str | int | None:
             return message.stop_token_id
         case _:
             return None
+
+
+def _prompt_logprobs(messages: Iterable[pb.TokenLogprobs], params: SamplingParams | None) -> list[TokenLogprobs | None]:
+    """One entry for each prompt token: the message leaves out the first ones, which have none."""
+    start = 1 if params is None else params.prompt_logprobs_start
+    return [*[None] * start, *_logprobs(messages)]
 
 
 def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> list[TokenLogprobs]:

@@ -64,7 +64,7 @@ class Client:
         call = self._stub.GenerateStream(request, timeout=limit)
         try:
             for message in call:
-                yield codec.chunk(message)
+                yield codec.chunk(message, params)
         except grpc.RpcError as error:
             raise _typed(error) from None
         finally:

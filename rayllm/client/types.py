@@ -21,7 +21,8 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """`prompt_logprobs` has one entry for each prompt token, the first of them None; None when not asked for."""
+    """`prompt_logprobs` has one entry for each prompt token, None for those before `prompt_logprobs_start`; None when
+    not asked for."""
 
     request_id: str
     model: str
@@ -63,7 +64,11 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What the engine is doing now. Token counters only grow; `last_step_age_s` is 0 while there is nothing to do."""
+    """What the engine is doing now. Counters only grow; `last_step_age_s` is 0 while there is nothing to do.
+
+    `last_detection_s` is how long the last loss of a shard went unnoticed, at most, and `last_recovery_s` how long it
+    took to replace the shards.
+    """
 
     running: int
     waiting: int
@@ -77,3 +82,6 @@ class Load:
     prompt_tokens: int
     generated_tokens: int
     last_step_age_s: float
+    recoveries: int
+    last_detection_s: float
+    last_recovery_s: float

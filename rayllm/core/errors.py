@@ -84,3 +84,9 @@ class EngineUnavailableError(RayLLMError):
     def __init__(self, message: str, *, retry_after_s: float = 5.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DataError(RayLLMError):
+    """Data that is missing or has not the columns that are needed; the message says how to get it."""
+
+    code = "invalid_data"

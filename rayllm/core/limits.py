@@ -26,7 +26,16 @@ class ModelLimits:
                 )
             if not 0 <= token_id < self.vocab_size:
                 raise InvalidRequestError("prompt", f"{self._outside(token_id)} (position {position})")
-        for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        start = params.prompt_logprobs_start
+        if start > 1 and start >= len(prompt_token_ids):
+            raise InvalidRequestError(
+                "prompt_logprobs_start", f"{start} is past the last of the prompt's {len(prompt_token_ids)} tokens"
+            )
+        for name, token_ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("logprob_token_ids", params.logprob_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
             for token_id in token_ids:
                 if token_id >= self.vocab_size:
                     raise InvalidRequestError(name, self._outside(token_id))

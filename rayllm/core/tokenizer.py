@@ -26,6 +26,8 @@ class Tokenizer:
         self._backend.no_padding()
         self.bytes = TokenBytes(self._backend)
         self.eos_token_ids = eos_token_ids
+        self.bos_token_id: int | None = transformers_tokenizer.bos_token_id
+        self.eos_token_id: int | None = transformers_tokenizer.eos_token_id  # the tokenizer's own, of `eos_token_ids`
         self.vocab_size: int = len(transformers_tokenizer)
         self.has_chat_template: bool = transformers_tokenizer.chat_template is not None
 

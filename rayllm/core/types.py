@@ -14,6 +14,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_LOGPROB_TOKEN_IDS = 1024
 MAX_TOKENS = 1 << 24
 MAX_SEED = (1 << 63) - 1
 
@@ -51,13 +52,17 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives for each output token; 0: only the token chosen
+    logprob_token_ids: tuple[int, ...] = ()  # alternatives that are wanted however unlikely; after the likely ones
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1  # the first prompt token to have one; those before may come from the prefix cache
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _bounded_tuple("stop", stop, MAX_STOP_STRINGS))
         stop_token_ids = _bounded_tuple("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        logprob_token_ids = _bounded_tuple("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS)
+        object.__setattr__(self, "logprob_token_ids", logprob_token_ids)
         _check_int("n", self.n, 1, MAX_N)
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_int("top_k", self.top_k, 0, 1 << 31)
@@ -74,6 +79,11 @@ class SamplingParams:
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
                 _check_int(name, value, 0, MAX_LOGPROBS)
+        _check_int("prompt_logprobs_start", self.prompt_logprobs_start, 1, MAX_TOKENS)
+        if self.prompt_logprobs is None and self.prompt_logprobs_start > 1:
+            raise InvalidRequestError("prompt_logprobs_start", "needs prompt_logprobs")
+        if self.logprobs is None and self.logprob_token_ids:
+            raise InvalidRequestError("logprob_token_ids", "needs logprobs")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequestError("ignore_eos", f"must be true or false, not {type(self.ignore_eos).__name__}")
         self._check_collections()
@@ -84,8 +94,12 @@ class SamplingParams:
                 raise InvalidRequestError("stop", "must hold strings that are not empty")
             if len(text) > MAX_STOP_STRING_CHARS:
                 raise InvalidRequestError("stop", f"a string is longer than {MAX_STOP_STRING_CHARS} characters")
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, (1 << 31) - 1)
+        for name, token_ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logprob_token_ids", self.logprob_token_ids),
+        ):
+            for token_id in token_ids:
+                _check_int(name, token_id, 0, (1 << 31) - 1)
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidRequestError(
                 "logit_bias", f"must map token ids to numbers, not be a {type(self.logit_bias).__name__}"
@@ -111,8 +125,9 @@ class Request:
 class TokenLogprobs:
     """Log-probabilities at one position, of the model's own distribution (before penalties and temperature).
 
-    `top` holds the most likely (token_id, logprob), best first; the token itself is not added to it. `rank` is the
-    token's place in the vocabulary by probability, 1 the most likely.
+    `top` holds the most likely (token_id, logprob), best first, then those of `logprob_token_ids`, as many and in that
+    order; the token itself is not added to it. `rank` is the token's place in the vocabulary by probability, 1 the
+    most likely.
     """
 
     token_id: int

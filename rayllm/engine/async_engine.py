@@ -31,10 +31,13 @@ from rayllm.scheduler.scheduler import SequenceOutput
 
 logger = logging.getLogger(__name__)
 
+_IDLE_CHECK_S = 0.25  # how often an engine without work looks whether it still has its shards
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot. The token counters only grow; `last_step_age_s` is 0 while there is nothing to do."""
+    """A snapshot. The counters only grow; `last_step_age_s` is 0 while there is nothing to do. The last two are of the
+    last recovery, 0 before the first: how long a fault went unnoticed at most, and how long its repair took."""
 
     running: int
     waiting: int
@@ -48,6 +51,9 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     last_step_age_s: float
+    recoveries: int
+    last_detection_s: float
+    last_recovery_s: float
 
 
 class _Stream:
@@ -56,7 +62,6 @@ class _Stream:
 
     def __init__(self, request: Request) -> None:
         self.loop = asyncio.get_running_loop()
-        self.deadline = request.deadline
         self.unfinished = request.params.n
         self._pending: dict[int, OutputDelta] = {}
         self._error: RayLLMError | None = None
@@ -86,9 +91,10 @@ class _Stream:
 
 
 class AsyncEngine:
-    """`stall_timeout_s`: a step that takes longer, while there is work, makes `check_health` fail."""
+    """`stall_timeout_s`: a step that takes longer, while there is work, makes `check_health` fail. By default that is
+    longer than shards may take for a step (`ray_executor.STEP_TIMEOUT_S`) before they are replaced."""
 
-    def __init__(self, parts: EngineParts, *, stall_timeout_s: float = 120.0) -> None:
+    def __init__(self, parts: EngineParts, *, stall_timeout_s: float = 150.0) -> None:
         self.tokenizer = parts.tokenizer
         self.limits = parts.limits
         self._engine = parts.engine
@@ -98,6 +104,7 @@ class AsyncEngine:
         self._changed = threading.Condition(self._engine.lock)
         self._draining = False
         self._closing = False
+        self._recovering = False
         self._failure: EngineUnavailableError | None = None
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -119,11 +126,16 @@ class AsyncEngine:
         self.limits.check(request.prompt_token_ids, request.params)
         stream = _Stream(request)
         self._open(request, stream)
+        timer = None
+        if request.deadline is not None:  # the reader's own timer, so that it holds whatever the engine's thread does
+            timer = stream.loop.call_later(request.deadline - time.monotonic(), self._expire, request.request_id)
         try:
             while stream.unfinished:
                 for delta in await stream.next():
                     yield delta
         finally:
+            if timer is not None:
+                timer.cancel()
             self._end(request.request_id)
 
     def abort(self, request_id: str) -> bool:
@@ -134,6 +146,7 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         with self._changed:
             scheduler = self._engine.scheduler
+            recovery = self._engine.last_recovery
             return EngineStats(
                 running=scheduler.num_running,
                 waiting=scheduler.num_waiting,
@@ -147,12 +160,20 @@ class AsyncEngine:
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated_tokens,
                 last_step_age_s=time.monotonic() - self._last_progress if self._engine.has_work else 0.0,
+                recoveries=self._engine.num_recoveries,
+                last_detection_s=recovery.detection_s if recovery is not None else 0.0,
+                last_recovery_s=recovery.recovery_s if recovery is not None else 0.0,
             )
 
     def check_health(self) -> None:
-        """Health is progress. Raises EngineUnavailableError when the engine is lost or a step is overdue."""
+        """Health is progress. Raises EngineUnavailableError when the engine is lost or a step is overdue.
+
+        An engine that replaces its shards is well: that has a time limit of its own, and nobody else would be faster.
+        """
         if self._failure is not None:
             raise self._failure
+        if self._recovering:
+            return
         age = self.stats().last_step_age_s
         if age > self._stall_timeout_s:
             raise EngineUnavailableError(f"no step was completed for {age:.0f} s although there is work")
@@ -172,6 +193,9 @@ class AsyncEngine:
             self._closing = True
             self._end_all(EngineUnavailableError("the server is shutting down"))
             self._changed.notify_all()
+            recovering = self._recovering
+        if recovering:
+            await asyncio.to_thread(self._engine.close)
         await asyncio.to_thread(self._thread.join)
         self._engine.close()
 
@@ -222,28 +246,45 @@ class AsyncEngine:
     def _loop(self) -> None:
         outputs: list[SequenceOutput] = []
         while True:
-            with self._changed:
-                while not (self._closing or outputs or self._engine.has_work):
-                    self._changed.wait()
-                if self._closing:
+            try:
+                if not self._await_work(outputs):
                     return
-                self._expire()
-            self._engine.launch()
-            self._deliver(outputs)
-            steps = self._engine.num_steps
-            outputs = self._engine.finish()
-            if self._engine.num_steps > steps:
-                self._last_progress = time.monotonic()
+                self._engine.launch()
+                self._deliver(outputs)
+                outputs.clear()
+                steps = self._engine.num_steps
+                outputs = self._engine.finish()
+                if self._engine.num_steps > steps:
+                    self._last_progress = time.monotonic()
+            except EngineUnavailableError as lost:
+                self._deliver(outputs)
+                outputs.clear()
+                self._recover(lost)
 
-    def _expire(self) -> None:
-        now = time.monotonic()
-        late = [
-            request_id
-            for request_id, stream in self._streams.items()
-            if stream.deadline is not None and stream.deadline <= now
-        ]
-        for request_id in late:
-            self._end(request_id, DeadlineExceededError("the deadline passed before the answer was complete"))
+    def _await_work(self, outputs: list[SequenceOutput]) -> bool:
+        """False: the engine is to end."""
+        with self._changed:
+            while not (self._closing or outputs or self._engine.has_work):
+                self._changed.wait(_IDLE_CHECK_S)
+                self._engine.check()
+            return not self._closing
+
+    def _recover(self, lost: EngineUnavailableError) -> None:
+        """Streams wait meanwhile, and new requests queue; aborts and deadlines take effect at once, for they need the
+        lock alone. Raises EngineUnavailableError when new shards are not ready in time."""
+        with self._changed:
+            for request_id in self._engine.requeue():
+                self._end(request_id, EngineUnavailableError(f"{lost}, again and again while this request ran"))
+            if self._closing:
+                return
+            self._recovering = True
+        self._engine.recover(lost)
+        with self._changed:
+            self._recovering = False
+            self._last_progress = time.monotonic()
+
+    def _expire(self, request_id: str) -> None:
+        self._end(request_id, DeadlineExceededError("the deadline passed before the answer was complete"))
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         if not outputs:

@@ -65,6 +65,8 @@ class EngineParts:
 def prepare(config: EngineConfig) -> Prepared:
     """Raises ConfigError or CheckpointError before any weight is read."""
     checkpoint = Checkpoint.open(resolve_model(config.model.model))
+    if checkpoint.int8 and config.model.quantize is not None:
+        raise ConfigError(f"quantize: {config.model.model} is an int8 checkpoint already; leave the option out")
     check_layout(checkpoint.spec, config.parallel.tensor, config.parallel.pipeline)
     return Prepared(
         config=config,

@@ -20,12 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeGraphs:
-    """For a model on CPU whose ranks do not talk within a step."""
+    """For a model on CPU whose ranks do not talk within a step.
+
+    The cache and the block tables must be the same memory in every call, as the model's weights must: a graph has
+    their addresses. What the kernels leave to torch is not recorded and runs as it comes, such as the sum that ends a
+    pipeline stage without a norm, or more rows of float32 than `rayllm_kernels.dispatch` gives them.
+    """
 
     def __init__(self, model: Decoder, max_num_seqs: int, dtype: torch.dtype) -> None:
         spec = model.spec
         self._model = model
         self._graphs: dict[int, Graph] = {}
+        self._memory: tuple[int, int] | None = None
         self._unrecordable: set[int] = set()  # with so many sequences torch computes a part
         self._workspace = Workspace()
         self._x_RD = torch.empty(max_num_seqs, spec.hidden_size, dtype=dtype)
@@ -43,6 +49,9 @@ class DecodeGraphs:
         values = [x_TD, rotation.cos_TE, rotation.sin_TE, context.rows_B, context.context_lens_B, context.slots_T]
         for fixed, value in zip(inputs, values, strict=True):
             fixed[:num_seqs].copy_(value)
+        memory = id(context.cache), context.block_tables_RM.data_ptr()
+        self._memory = self._memory or memory
+        assert self._memory == memory, "graphs have the addresses of another cache or block table"
         graph = self._graphs.get(num_seqs)
         return self._record(num_seqs, context) if graph is None else graph.replay()
 

@@ -6,9 +6,14 @@ another is inside `step`: the lock is held only while the scheduler is touched, 
 
 import threading
 
+from rayllm.core.errors import EngineUnavailableError
 from rayllm.core.types import Request
-from rayllm.engine.executor import Executor
+from rayllm.engine.executor import Executor, Recovery
 from rayllm.scheduler.scheduler import Scheduler, SequenceOutput
+
+# A request that ran at so many losses, and got hardly any further between them, may be what causes them.
+MAX_LOSSES = 3
+_PROGRESS_TOKENS = 16
 
 
 class Engine:
@@ -16,6 +21,9 @@ class Engine:
         self.scheduler = scheduler
         self.lock = threading.RLock()
         self.num_steps = 0
+        self.num_recoveries = 0
+        self.last_recovery: Recovery | None = None
+        self._losses: dict[str, tuple[int, int]] = {}  # how many, and the tokens at the last, of those that ran then
         self._executor = executor
         self._in_flight = 0
 
@@ -33,11 +41,20 @@ class Engine:
         return self._in_flight > 0 or self.scheduler.has_work
 
     def step(self) -> list[SequenceOutput]:
-        self.launch()
-        return self.finish()
+        try:
+            self.launch()
+            return self.finish()
+        except EngineUnavailableError as lost:
+            if self.requeue():
+                raise
+            self.recover(lost)
+            return []
 
     def launch(self) -> None:
-        """Submit batches until the pipeline is full or nothing more can be scheduled."""
+        """Submit batches until the pipeline is full or nothing more can be scheduled.
+
+        This and `finish` raise EngineUnavailableError when a shard is lost, which `requeue` and `recover` answer.
+        """
         while self._in_flight < self._executor.in_flight:
             with self.lock:
                 batch = self.scheduler.schedule()
@@ -47,7 +64,7 @@ class Engine:
             self._in_flight += 1
 
     def finish(self) -> list[SequenceOutput]:
-        """Wait for the oldest batch and take in its tokens. Raises EngineUnavailableError when a shard is lost."""
+        """Wait for the oldest batch and take in its tokens."""
         if not self._in_flight:
             return []
         result = self._executor.collect()
@@ -56,5 +73,36 @@ class Engine:
         with self.lock:
             return self.scheduler.commit(result)
 
+    def check(self) -> None:
+        """Raises EngineUnavailableError when a shard was lost while there was nothing to do."""
+        self._executor.check()
+
+    def requeue(self) -> list[str]:
+        """A lost shard is a preemption of everything: what ran waits again with its tokens, to be computed anew.
+
+        Returns the requests that are aborted, because with them it might never end: see MAX_LOSSES.
+        """
+        with self.lock:
+            suspects = self._suspects()
+            self._in_flight = 0
+            self.scheduler.requeue_all()
+            for request_id in suspects:
+                self.scheduler.abort(request_id)
+            return suspects
+
+    def recover(self, lost: EngineUnavailableError) -> None:
+        """Wait for new shards. Raises EngineUnavailableError when they do not come in time."""
+        self.last_recovery = self._executor.recover(lost)
+        self.num_recoveries += 1
+
     def close(self) -> None:
+        """From any thread; ends a `recover` that is under way."""
         self._executor.close()
+
+    def _suspects(self) -> list[str]:
+        losses = {}
+        for request_id, num_tokens in self.scheduler.running_tokens().items():
+            count, before = self._losses.get(request_id, (0, num_tokens))
+            losses[request_id] = (count + 1 if num_tokens - before < _PROGRESS_TOKENS else 1, num_tokens)
+        self._losses = losses
+        return [request_id for request_id, (count, _) in losses.items() if count >= MAX_LOSSES]

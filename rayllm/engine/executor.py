@@ -3,16 +3,31 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
+from rayllm.core.errors import EngineUnavailableError
 from rayllm.engine.model_runner import ModelRunner
 from rayllm.scheduler.batch import Batch, StepResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovery:
+    """How shards were lost and replaced. `detection_s`: at most so long after the fault was it noticed; `recovery_s`:
+    from then until new shards were loaded."""
+
+    cause: str
+    detection_s: float
+    recovery_s: float
 
 
 class Executor(Protocol):
     """Runs batches in the order in which they were submitted.
 
     `in_flight` is how many may be submitted before the oldest is collected: the depth of the pipeline.
+
+    `submit`, `collect` and `check` raise EngineUnavailableError when a shard is lost or stalls, and from then on, until
+    `recover` has returned.
     """
 
     in_flight: int
@@ -20,10 +35,21 @@ class Executor(Protocol):
     def submit(self, batch: Batch) -> None: ...
 
     def collect(self) -> StepResult:
-        """Wait for the oldest submitted batch. Raises EngineUnavailableError when a shard is lost or stalls."""
+        """Wait for the oldest submitted batch."""
         ...
 
-    def close(self) -> None: ...
+    def check(self) -> None:
+        """Whether all is well, also while nothing is submitted."""
+        ...
+
+    def recover(self, lost: EngineUnavailableError) -> Recovery:
+        """Replace the shards: the new ones know no sequence, and what was submitted is forgotten. `lost` is what was
+        raised. Raises EngineUnavailableError when they cannot be replaced, or `close` was called."""
+        ...
+
+    def close(self) -> None:
+        """From any thread; ends a `recover` that is under way."""
+        ...
 
 
 class LocalExecutor:
@@ -54,9 +80,16 @@ class LocalExecutor:
         self._submitted.append(self._thread.submit(self._runner.execute, batch))
 
     def collect(self) -> StepResult:
-        result = self._submitted.popleft().result()
+        result = self._submitted[0].result()  # a wait that Ctrl-C ends can be taken up again
+        self._submitted.popleft()
         assert result is not None, "a single rank always samples"
         return result
+
+    def check(self) -> None:
+        """This process is alive."""
+
+    def recover(self, lost: EngineUnavailableError) -> Recovery:
+        raise lost
 
     def close(self) -> None:
         self._submitted.clear()

@@ -4,6 +4,7 @@ Knows nothing of who owns which block; that is `rayllm.scheduler.block_manager`.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +25,19 @@ class KVLayout:
     device: torch.device
 
     @property
+    def has_scales(self) -> bool:
+        return self.dtype == torch.int8
+
+    @property
     def block_bytes(self) -> int:
-        per_token = 2 * len(self.layers) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return per_token * self.block_size
+        per_head = self.head_dim * self.dtype.itemsize + (torch.float32.itemsize if self.has_scales else 0)
+        return 2 * len(self.layers) * self.num_kv_heads * per_head * self.block_size
 
 
-def cache_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The model's dtype, but for float16 on CPU: the compiled attention there reads float32 and bfloat16 pages only."""
+def cache_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """For "auto" the model's dtype, but for float16 on CPU: the compiled attention there does not read it."""
+    if name == "int8":
+        return torch.int8
     return torch.float32 if device.type == "cpu" and model_dtype == torch.float16 else model_dtype
 
 
@@ -54,20 +61,30 @@ def num_blocks_that_fit(layout: KVLayout, config: CacheConfig) -> int:
     return num_blocks
 
 
+class Pages(NamedTuple):
+    """A layer's keys and values; the scales are there when those are int8."""
+
+    k_NPKE: Tensor
+    v_NPKE: Tensor
+    k_scales_NPK: Tensor | None
+    v_scales_NPK: Tensor | None
+
+
 class KVCache:
-    """Keys and values `[num_blocks, block_size, num_kv_heads, head_dim]` for each of the rank's layers."""
+    """The pages of each of the rank's layers."""
 
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
-        shape = (num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
-        self._first_layer = layout.layers.start
-        self._pages = [
-            (
-                torch.zeros(shape, dtype=layout.dtype, device=layout.device),
-                torch.zeros(shape, dtype=layout.dtype, device=layout.device),
-            )
-            for _ in layout.layers
-        ]
+        shape = (num_blocks, layout.block_size, layout.num_kv_heads)
 
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """`(k_NPKE, v_NPKE)` of a layer by its global number."""
+        def values() -> Tensor:
+            return torch.zeros((*shape, layout.head_dim), dtype=layout.dtype, device=layout.device)
+
+        def scales() -> Tensor | None:
+            return torch.zeros(shape, dtype=torch.float32, device=layout.device) if layout.has_scales else None
+
+        self._first_layer = layout.layers.start
+        self._pages = [Pages(values(), values(), scales(), scales()) for _ in layout.layers]
+
+    def pages(self, layer: int) -> Pages:
+        """`layer` counts over the whole model."""
         return self._pages[layer - self._first_layer]

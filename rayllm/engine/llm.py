@@ -1,12 +1,14 @@
 """`LLM(...).generate(...)`: the engine offline, in the shape that vLLM's users know."""
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from rayllm.core.errors import InvalidRequestError
+from rayllm.core.errors import EngineUnavailableError, InvalidRequestError
 from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import Request, SamplingParams
 from rayllm.engine.build import build_engine, prepare, start_local
@@ -17,7 +19,7 @@ Prompt = str | list[int]
 
 
 class LLM:
-    """A model for offline use: in this process for one shard, as Ray actors for several.
+    """A model for offline use: in this process for one shard, as Ray actors for several. Threads take turns.
 
     Raises ConfigError or CheckpointError when the model cannot be loaded. Close it (or use it as a context manager)
     to end the shards.
@@ -31,12 +33,13 @@ class LLM:
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         max_model_len: int | None = None,
+        quantize: Literal["w8a8", "w8a16"] | None = None,
         cache: CacheConfig | None = None,
         scheduler: SchedulerConfig | None = None,
     ) -> None:
         unbounded = 1 << 62  # the whole work list is handed over at once
         config = EngineConfig(
-            model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len),
+            model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len, quantize=quantize),
             parallel=ParallelConfig(tensor=tensor_parallel_size, pipeline=pipeline_parallel_size),
             cache=cache or CacheConfig(),
             scheduler=replace(
@@ -55,35 +58,30 @@ class LLM:
         self._engine = parts.engine
         self._processor = OutputProcessor(parts.tokenizer)
         self._num_requests = 0
+        self._process = os.getpid()
+        self._turn = threading.RLock()
+        self._generating = False
+        self._closed = False
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        on_output: Callable[[RequestOutput], None] | None = None,
+        on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
-        """Answers in the order of the prompts; `on_output` hears of each as it is done.
+        """Answers in the order of the prompts; `on_output` hears of each as it is done, with its prompt's index.
 
-        Raises InvalidRequestError for a bad prompt before any of them is run.
+        Raises InvalidRequestError for a bad prompt before any of them is run, EngineUnavailableError when the LLM is
+        closed, or used in a forked process or by its own `on_output`.
         """
-        requests, outputs = self._requests(_as_list(prompts), sampling_params)
-        for request in requests:
-            self._processor.add(request)
-            self._engine.add(request)
-        try:
-            while self._engine.has_work:
-                for request_id, delta in self._processor.process(self._engine.step()):
-                    if isinstance(delta.stop_reason, str):
-                        self._engine.abort(request_id, delta.index)
-                    _collect(outputs[request_id], delta)
-                    if on_output is not None and not self._processor.is_live(request_id):
-                        on_output(outputs[request_id])
-        finally:
-            for request in requests:
-                self._engine.abort(request.request_id)
-                self._processor.remove(request.request_id)
-        return list(outputs.values())
+        with self._turn:
+            self._check_usable()
+            self._generating = True
+            try:
+                return self._generate(prompts, sampling_params, on_output)
+            finally:
+                self._generating = False
 
     def chat(
         self,
@@ -94,6 +92,7 @@ class LLM:
         return self.generate(self.tokenizer.chat(messages), sampling_params)[0]
 
     def close(self) -> None:
+        self._closed = True
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -103,6 +102,39 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise EngineUnavailableError("this LLM is closed")
+        if os.getpid() != self._process:
+            raise EngineUnavailableError("this LLM belongs to the process that made it; make another after the fork")
+        if self._generating:
+            raise EngineUnavailableError("on_output may not call the LLM that calls it")
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        on_output: Callable[[int, RequestOutput], None] | None,
+    ) -> list[RequestOutput]:
+        requests, outputs = self._requests(_as_list(prompts), sampling_params)
+        indices = {request.request_id: index for index, request in enumerate(requests)}
+        for request in requests:
+            self._processor.add(request)
+            self._engine.add(request)
+        try:
+            while self._engine.has_work:
+                for request_id, delta in self._processor.process(self._engine.step()):
+                    if isinstance(delta.stop_reason, str):
+                        self._engine.abort(request_id, delta.index)
+                    _collect(outputs[request_id], delta)
+                    if on_output is not None and not self._processor.is_live(request_id):
+                        on_output(indices[request_id], outputs[request_id])
+        finally:
+            for request in requests:
+                self._engine.abort(request.request_id)
+                self._processor.remove(request.request_id)
+        return list(outputs.values())
 
     def _requests(
         self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -126,7 +158,7 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise InvalidRequestError("prompts", f"must be a string or a list, not {type(prompts).__name__}")
     if prompts and all(isinstance(item, int) for item in prompts):
         return [cast("list[int]", list(prompts))]

@@ -44,7 +44,8 @@ class ModelRunner:
         self._mesh = mesh
         self._device = device
         self._dtype = dtype
-        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device).requires_grad_(False)
+        quantize = config.model.quantize
+        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device, quantize=quantize).requires_grad_(False)
         fuse_projections(self._model)
         if device.type == "cpu":
             compile_kernels()
@@ -53,7 +54,7 @@ class ModelRunner:
             num_kv_heads=local_kv_heads(spec, mesh.tp_size),
             head_dim=spec.head_dim,
             block_size=config.cache.block_size,
-            dtype=cache_dtype(dtype, device),
+            dtype=cache_dtype(config.cache.dtype, dtype, device),
             device=device,
         )
         self.num_blocks_that_fit = num_blocks_that_fit(self._layout, config.cache)
@@ -65,7 +66,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         if device.type == "cpu" and mesh.tp_group is None:
             self._graphs = DecodeGraphs(self._model, config.scheduler.max_num_seqs, dtype)
-        self._prompt_logprobs: dict[int, int] = {}  # seq_id -> how many alternatives
+        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # seq_id -> how many alternatives, from which token on
         self._dynamic_rope = spec.rope is not None and spec.rope.type == "dynamic"
         self._samples = mesh.is_last_stage and mesh.tp_rank == 0
         self._sampler = (
@@ -112,8 +113,9 @@ class ModelRunner:
                 self._sampler.remove(row)
         for sequence in batch.new:
             row = self._rows.admit(sequence)
-            if sequence.sampler.prompt_logprobs is not None:
-                self._prompt_logprobs[sequence.seq_id] = sequence.sampler.prompt_logprobs
+            spec = sequence.sampler
+            if spec.prompt_logprobs is not None:
+                self._prompt_logprobs[sequence.seq_id] = (spec.prompt_logprobs, spec.prompt_logprobs_start)
             if self._sampler is not None:
                 self._sampler.add(row, sequence)
 
@@ -163,11 +165,14 @@ class ModelRunner:
         """Every rank of the stage goes through the same pieces, for the logits are gathered over the ranks."""
         scores: dict[int, list[PositionLogprobs]] = {}
         for i, scheduled in enumerate(batch.scheduled):
-            top = self._prompt_logprobs.get(scheduled.seq_id)
-            if top is None:
+            if scheduled.seq_id not in self._prompt_logprobs:
                 continue
-            targets = self._rows.targets(int(arrays.rows_B[i]), scheduled.start, scheduled.num_tokens)
-            first = int(arrays.query_start_B1[i])
+            top, first_token = self._prompt_logprobs[scheduled.seq_id]
+            skipped = min(scheduled.num_tokens, max(0, first_token - 1 - scheduled.start))
+            targets = self._rows.targets(
+                int(arrays.rows_B[i]), scheduled.start + skipped, scheduled.num_tokens - skipped
+            )
+            first = int(arrays.query_start_B1[i]) + skipped
             scores[scheduled.seq_id] = []
             for lo in range(0, len(targets), _LOGITS_ROWS):
                 piece = targets[lo : lo + _LOGITS_ROWS]

@@ -22,7 +22,7 @@ class CompletionOutput:
 
 @dataclass(kw_only=True, slots=True)
 class RequestOutput:
-    """`prompt_logprobs` has one entry per prompt token, the first of them None."""
+    """`prompt_logprobs` has one entry per prompt token, None for those before `prompt_logprobs_start`."""
 
     request_id: str
     prompt: str | None

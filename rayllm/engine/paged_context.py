@@ -32,17 +32,18 @@ class PagedContext:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        k_pages, v_pages = self.cache.pages(layer)
+        k_pages, v_pages, k_scales, v_scales = self.cache.pages(layer)
+        target = (k_pages, v_pages, self.slots_T, k_scales, v_scales)
         if rotation is None:
-            store_kv(k_TKE, v_TKE, k_pages, v_pages, self.slots_T)
+            store_kv(k_TKE, v_TKE, *target)
         else:
-            q_THE = rotary_store_kv(
-                q_THE, k_TKE, v_TKE, rotation.cos_TE, rotation.sin_TE, k_pages, v_pages, self.slots_T
-            )
+            q_THE = rotary_store_kv(q_THE, k_TKE, v_TKE, rotation.cos_TE, rotation.sin_TE, *target)
         return paged_attention(
             q_THE,
             k_pages,
             v_pages,
+            k_scales_NPK=k_scales,
+            v_scales_NPK=v_scales,
             block_tables_RM=self.block_tables_RM,
             rows_B=self.rows_B,
             query_start_B1=self.query_start_B1,

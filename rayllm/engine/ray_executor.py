@@ -12,9 +12,18 @@ import torch
 from rayllm.core.config import EngineConfig, ParallelConfig
 from rayllm.core.errors import CheckpointError, ConfigError, EngineUnavailableError, RayLLMError
 from rayllm.engine.build import Prepared, ShardConfig
-from rayllm.engine.commands import Command, Execute, InitCache, Ready
+from rayllm.engine.commands import Command, Execute
+from rayllm.engine.executor import Recovery
+from rayllm.engine.ranks import Ranks
 from rayllm.scheduler.batch import Batch, StepResult
-from rayllm_cluster.errors import ClusterError, PlacementError, RemoteError, ShardLostError
+from rayllm_cluster.errors import (
+    ClusterError,
+    GroupClosedError,
+    PlacementError,
+    RemoteError,
+    SessionError,
+    ShardLostError,
+)
 from rayllm_cluster.placement import PlacementPlan, plan_placement
 from rayllm_cluster.session import Session
 from rayllm_cluster.shard_group import GroupOptions, ShardGroup
@@ -25,16 +34,22 @@ _SHARD_FACTORY = "rayllm.engine.shard:create_handler"
 
 
 class RayExecutor:
-    """Every call may raise EngineUnavailableError, after which only `close` is of use."""
-
     def __init__(
-        self, group: ShardGroup, parallel: ParallelConfig, *, session: Session, step_timeout_s: float = STEP_TIMEOUT_S
+        self,
+        group: ShardGroup,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+        *,
+        session: Session,
+        step_timeout_s: float = STEP_TIMEOUT_S,
     ) -> None:
-        """Takes over the group, whose ranks have their caches, and the session."""
+        """Takes over the ranks, which are started, with their group, and the session."""
         self.in_flight = parallel.pipeline
         self._group = group
+        self._ranks = ranks
         self._session = session
         self._sampling_rank = (parallel.pipeline - 1) * parallel.tensor
+        self._recovery_timeout_s = parallel.shard_recovery_timeout_s
         self._step_timeout_s = step_timeout_s
 
     def submit(self, batch: Batch) -> None:
@@ -48,10 +63,29 @@ class RayExecutor:
             payload = self._group.recv(self._sampling_rank, timeout_s=self._step_timeout_s)
         except ClusterError as error:
             raise _unavailable(error) from error
+        self._ranks.answered()
         return msgspec.msgpack.decode(payload, type=StepResult)
 
+    def check(self) -> None:
+        try:
+            self._group.check()
+        except ClusterError as error:
+            raise _unavailable(error) from error
+
+    def recover(self, lost: EngineUnavailableError) -> Recovery:
+        if not isinstance(lost.__cause__, ShardLostError):
+            raise lost
+        try:
+            return self._ranks.restart(lost.__cause__)
+        except (GroupClosedError, SessionError) as error:
+            raise _unavailable(error) from error
+        except ClusterError as error:
+            raise EngineUnavailableError(
+                f"{_unavailable(error)}, and no new shards were ready within {self._recovery_timeout_s:g} s"
+            ) from error
+
     def close(self) -> None:
-        self._group.close()
+        self._ranks.close()
         self._session.stop()
 
 
@@ -73,20 +107,12 @@ def start_ray(prepared: Prepared) -> tuple[RayExecutor, int]:
             group = stack.enter_context(
                 ShardGroup(_SHARD_FACTORY, _encode(shard), replica_placement(shard.engine), options)
             )
-            num_blocks = init_caches(group, timeout_s=STEP_TIMEOUT_S)
+            ranks = Ranks(group, recovery_timeout_s=config.parallel.shard_recovery_timeout_s)
+            ranks.start()
         except ClusterError as error:
             raise _start_error(error) from error
         stack.pop_all()
-    return RayExecutor(group, config.parallel, session=session), num_blocks
-
-
-def init_caches(group: ShardGroup, *, timeout_s: float) -> int:
-    """Every rank gets as many KV blocks as fit on the one with the least room; returns how many."""
-    num_blocks = min(msgspec.msgpack.decode(ready, type=Ready).num_blocks for ready in group.ready)
-    group.broadcast(_encode(InitCache(num_blocks)), timeout_s=timeout_s)
-    for rank in range(len(group.ready)):
-        group.recv(rank, timeout_s=timeout_s)
-    return num_blocks
+    return RayExecutor(group, ranks, config.parallel, session=session), ranks.num_blocks
 
 
 def replica_placement(config: EngineConfig) -> PlacementPlan:

@@ -90,11 +90,12 @@ class Sampler:
 
         logprobs: dict[int, PositionLogprobs] = {}
         if plan.logprob_rows:
-            num_top = [plan.states[i].spec.logprobs or 0 for i in plan.logprob_rows]
+            specs = [plan.states[i].spec for i in plan.logprob_rows]
+            num_top = [spec.logprobs or 0 for spec in specs]
+            asked = [spec.logprob_token_ids for spec in specs]
             index = plan.logprob_index
-            logprobs = dict(
-                zip(plan.logprob_rows, position_logprobs(logits_BV[index], ids_B[index], num_top), strict=True)
-            )
+            positions = position_logprobs(logits_BV[index], ids_B[index], num_top, asked)
+            logprobs = dict(zip(plan.logprob_rows, positions, strict=True))
         token_ids: list[int] = ids_B.where(finite_B, NO_TOKEN).tolist()
         return [(token_id, logprobs.get(i) if token_id != NO_TOKEN else None) for i, token_id in enumerate(token_ids)]
 

@@ -2,22 +2,26 @@
 
 Only the headers of the weight files are read by `Checkpoint.open`; `read` then reads one part of one parameter. Never
 unpickles. Knows nothing of ranks.
+
+A linear layer X that is stored as int8 (`rayllm.models.quantization`) has X.weight in int8 and X.weight_scale beside
+it, and in a checkpoint with outliers X.outlier_columns and X.outlier_weight.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayllm.core.errors import CheckpointError, ConfigError
 from rayllm.models.decoder import Decoder
 from rayllm.models.families import spec_from_config, weight_names
+from rayllm.models.quantization import OUTLIERS, OUTLIERS_FIELD, Int8Format, Quantization, read_quantization
 from rayllm.models.spec import DecoderSpec
-from rayllm.models.weights import Source
+from rayllm.models.weights import Source, WeightNames
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -46,8 +50,14 @@ class _File(Protocol):
     def get_slice(self, name: str) -> _Slice: ...
 
 
+_Parameters = dict[str, tuple[Source, tuple[int, ...]]]  # our name -> where it lies, and its whole shape
+
+
 class Checkpoint:
-    """`config` is the raw config.json; `dtype` the one that it names (else that of the stored embedding)."""
+    """`config` is the raw config.json; `dtype` the one that it names (else that of the stored embedding).
+
+    `int8`: the linear layers that are stored as int8, and how.
+    """
 
     def __init__(
         self,
@@ -56,14 +66,16 @@ class Checkpoint:
         spec: DecoderSpec,
         dtype: torch.dtype,
         files: Mapping[str, _File],
-        parameters: Mapping[str, tuple[Source, tuple[int, ...]]],
+        parameters: _Parameters,
+        int8: Mapping[str, Int8Format],
     ) -> None:
         self.directory = directory
         self.config = config
         self.spec = spec
         self.dtype = dtype
         self._files = files  # stored tensor -> the file that holds it
-        self._parameters = parameters  # our name -> where it lies, and its whole shape
+        self._parameters = parameters
+        self.int8 = int8
 
     @classmethod
     def open(cls, directory: str | Path) -> "Checkpoint":
@@ -76,14 +88,26 @@ class Checkpoint:
         config = _read_json(directory / "config.json")
         spec = spec_from_config(config)
         origin, files = _open_weights(directory)
-        parameters = _match(spec, origin, files)
+        quantization = read_quantization(config)
+        if quantization is not None and quantization.has_outliers:
+            files |= _open_outliers(directory, config[OUTLIERS_FIELD])
+        parameters, int8 = _match(spec, quantization, origin, files)
         embedding = parameters["embed_tokens.weight"][0].name
         dtype = _dtype(config, files[embedding].get_slice(embedding).get_dtype())
-        return cls(directory, config, spec, dtype, files, parameters)
+        return cls(directory, config, spec, dtype, files, parameters, int8)
 
     def source(self, parameter: str) -> Source:
         """Where a parameter of `Decoder.named_parameters()` lies."""
         return self._parameters[parameter][0]
+
+    @property
+    def parameters(self) -> Iterable[str]:
+        """The names of all parameters, as `read` takes them; of a tied head too."""
+        return self._parameters
+
+    @property
+    def has_outliers(self) -> bool:
+        return OUTLIERS_FIELD in self.config
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Its whole shape."""
@@ -95,7 +119,11 @@ class Checkpoint:
         May be a view of the mapped file: copy before keeping it.
         """
         source, shape = self._parameters[parameter]
-        part = self._files[source.name].get_slice(source.name)[source.stored_index(shape, index)]
+        stored = self._files[source.name].get_slice(source.name)
+        module, _, kind = parameter.rpartition(".")
+        if kind == "weight" and module in self.int8 and self.int8[module].packed:
+            return _unpack(stored, index)
+        part = stored[source.stored_index(shape, index)]
         return part.t() if source.transposed and part.dim() == 2 else part
 
 
@@ -165,38 +193,120 @@ def _open_file(path: Path) -> _File:
         raise CheckpointError(path, f"cannot be read: {error}") from None
 
 
-def _match(spec: DecoderSpec, origin: Path, files: Mapping[str, _File]) -> dict[str, tuple[Source, tuple[int, ...]]]:
+def _open_outliers(directory: Path, name: object) -> dict[str, "_File"]:
+    if name != OUTLIERS:
+        raise ConfigError(f"config.json: {OUTLIERS_FIELD}: {name!r} is not supported (supported: {OUTLIERS})")
+    if not (directory / OUTLIERS).exists():
+        raise CheckpointError(directory / OUTLIERS, f"no such file, though config.json names it as {OUTLIERS_FIELD}")
+    file = _open_file(directory / OUTLIERS)
+    return dict.fromkeys(file.keys(), file)
+
+
+def _unpack(stored: _Slice, index: tuple[slice, ...]) -> Tensor:
+    """The part `index` of int8 [N, K] that lies four to an int32, each plus 128, the first in the lowest byte."""
+    rows, columns = index
+    first = columns.start // 4
+    packed = stored[rows, slice(first, -(-columns.stop // 4))]
+    whole = packed.contiguous().view(torch.uint8) ^ 0x80
+    return whole.view(torch.int8)[:, columns.start - 4 * first : columns.stop - 4 * first]
+
+
+def _match(
+    spec: DecoderSpec, quantization: Quantization | None, origin: Path, files: Mapping[str, _File]
+) -> tuple[_Parameters, dict[str, Int8Format]]:
     """Every parameter of the decoder to its tensor; raises unless all are there, in shape, and nothing else is."""
     with torch.device("meta"):
         model = Decoder(spec)
     names = weight_names(spec.family)
-    parameters: dict[str, tuple[Source, tuple[int, ...]]] = {}
+    parameters: _Parameters = {}
+    int8: dict[str, Int8Format] = {}
+    used: set[str] = set()
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)
         source = names.locate(name, tied=spec.tie_word_embeddings, stored=files)
-        if source.name not in files:
-            raise CheckpointError(origin, f"tensor {source.name} is missing")
-        stored = files[source.name].get_slice(source.name)
-        if tuple(stored.get_shape()) != source.stored_shape(shape):
-            raise CheckpointError(
-                origin,
-                f"tensor {source.name} has shape {stored.get_shape()}, config.json asks for"
-                f" {list(source.stored_shape(shape))}",
-            )
-        if stored.get_dtype() not in STORED_DTYPES:
-            raise CheckpointError(origin, f"tensor {source.name} has unsupported dtype {stored.get_dtype()}")
-        parameters[name] = (source, shape)
-    used = {source.name for source, _ in parameters.values()}
-    for name in files:
-        if (
-            name not in used
-            and not names.is_ignored(name)
-            and not (name == "lm_head.weight" and spec.tie_word_embeddings)
-        ):
-            raise CheckpointError(origin, f"tensor {name} is not part of a {spec.family} model with this config.json")
+        module = name.removesuffix(".weight")
+        form = None
+        if module in linears and quantization is not None:
+            form = _int8_format(module, source, spec, quantization)
+        if form is None or quantization is None:
+            _check_tensor(origin, files, source.name, source.stored_shape(shape), tuple(STORED_DTYPES))
+            parameters[name] = (source, shape)
+        else:
+            int8[module] = form
+            found = _match_int8(module, source, shape, form, origin, files, outliers=quantization.has_outliers)
+            parameters |= found
+            used.add(f"{source.name}_shape")
+    used |= {source.name for source, _ in parameters.values()}
+    _check_unused(set(files) - used, names, spec, origin)
     if spec.tie_word_embeddings:
         _check_tied(origin, files, parameters["embed_tokens.weight"][0])
-    return parameters
+    return parameters, int8
+
+
+def _int8_format(module: str, source: Source, spec: DecoderSpec, quantization: Quantization) -> Int8Format | None:
+    if module == "lm_head" and spec.tie_word_embeddings:
+        return None  # it is the embedding
+    form = quantization.of(source.name.removesuffix(".weight"))
+    if form is not None and (source.transposed or source.parts > 1):
+        raise ConfigError(
+            f"config.json: quantization_config: int8 {spec.family} layers are not supported: {source.name}"
+        )
+    return form
+
+
+def _match_int8(
+    module: str,
+    source: Source,
+    shape: tuple[int, ...],
+    form: Int8Format,
+    origin: Path,
+    files: Mapping[str, _File],
+    *,
+    outliers: bool,
+) -> _Parameters:
+    outputs, inputs = shape
+    stored = source.name.removesuffix(".weight")
+    weight = f"{stored}.weight_packed" if form.packed else f"{stored}.weight"
+    _check_tensor(origin, files, f"{stored}.weight_scale", (outputs, 1), ("F32", "BF16", "F16"))
+    if form.packed:
+        _check_tensor(origin, files, weight, (outputs, -(-inputs // 4)), ("I32",))
+    else:
+        _check_tensor(origin, files, weight, shape, ("I8",))
+    found: _Parameters = {
+        f"{module}.weight": (Source(weight), shape),
+        f"{module}.weight_scale": (Source(f"{stored}.weight_scale"), (outputs, 1)),
+    }
+    if outliers:
+        columns = f"{stored}.outlier_columns"
+        if columns not in files:
+            raise CheckpointError(origin.parent / OUTLIERS, f"tensor {columns} is missing")
+        count = files[columns].get_slice(columns).get_shape()
+        _check_tensor(origin, files, columns, tuple(count[:1]), ("I32",))
+        _check_tensor(origin, files, f"{stored}.outlier_weight", (outputs, *count), tuple(STORED_DTYPES))
+        found[f"{module}.outlier_columns"] = (Source(columns), tuple(count))
+        found[f"{module}.outlier_weight"] = (Source(f"{stored}.outlier_weight"), (outputs, *count))
+    return found
+
+
+def _check_tensor(
+    origin: Path, files: Mapping[str, _File], name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> None:
+    if name not in files:
+        raise CheckpointError(origin, f"tensor {name} is missing")
+    stored = files[name].get_slice(name)
+    if tuple(stored.get_shape()) != shape:
+        raise CheckpointError(
+            origin, f"tensor {name} has shape {stored.get_shape()}, config.json asks for {list(shape)}"
+        )
+    if stored.get_dtype() not in dtypes:
+        raise CheckpointError(origin, f"tensor {name} has unsupported dtype {stored.get_dtype()}")
+
+
+def _check_unused(unused: set[str], names: WeightNames, spec: DecoderSpec, origin: Path) -> None:
+    for name in sorted(unused):
+        if not names.is_ignored(name) and not (name == "lm_head.weight" and spec.tie_word_embeddings):
+            raise CheckpointError(origin, f"tensor {name} is not part of a {spec.family} model with this config.json")
 
 
 def _check_tied(origin: Path, files: Mapping[str, _File], embedding: Source) -> None:

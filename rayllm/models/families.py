@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 from rayllm.core.errors import ConfigError
 from rayllm.models.config_fields import ConfigFields
+from rayllm.models.quantization import read_quantization
 from rayllm.models.rope_config import rope_spec
 from rayllm.models.spec import Activation, DecoderSpec
 from rayllm.models.weights import Source, WeightNames
@@ -22,9 +23,7 @@ def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
     """Raises ConfigError naming the field and the value that is missing, malformed or not supported."""
     fields = ConfigFields(config)
     family = FAMILIES[fields.choice("model_type", FAMILIES)]
-    if (quantization := fields.get("quantization_config")) is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ConfigError(f"config.json: quantization_config: method {method!r} is not supported")
+    read_quantization(config)  # refuses what is not supported
     spec = family.spec(fields)
     if spec.num_heads % spec.num_kv_heads:
         raise ConfigError(

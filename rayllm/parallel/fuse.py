@@ -1,7 +1,8 @@
 """Fewer, larger matrices for serving: q, k and v in one, gate and up in one.
 
-A step of few tokens is bound by reading the weights and by the number of calls. Applied last, to a rank's own slices;
-training and quantization want the matrices apart. Letters: T tokens, D hidden, H query heads, K kv heads, E head_dim.
+A step of few tokens is bound by reading the weights and by the number of calls. Applied last, to a rank's own slices,
+whether they are int8 or not; layers of different kinds stay apart. Training and calibration want all of them apart.
+Letters: T tokens, D hidden, H query heads, K kv heads, E head_dim.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rayllm.models.decoder import Decoder
 from rayllm.models.layers import Attention, Block, GatedMlp, Linear, gated
+from rayllm.quant.int8_linear import Int8Linear
 
 
 class FusedAttention(Attention):
@@ -50,13 +52,24 @@ def fuse_projections(model: Decoder) -> None:
     """Replaces the attentions and gated MLPs of `model`, layer by layer, so that no more than one is held twice."""
     for block in model.layers.values():
         assert isinstance(block, Block)
-        block.self_attn = FusedAttention(block.self_attn)
-        if isinstance(block.mlp, GatedMlp):
-            block.mlp = FusedGatedMlp(block.mlp)
+        attention, mlp = block.self_attn, block.mlp
+        if _join(attention.q_proj, attention.k_proj, attention.v_proj):
+            block.self_attn = FusedAttention(attention)
+        if isinstance(mlp, GatedMlp) and _join(mlp.gate_proj, mlp.up_proj):
+            block.mlp = FusedGatedMlp(mlp)
+
+
+def _join(first: nn.Linear, *others: nn.Linear) -> bool:
+    if isinstance(first, Int8Linear):
+        return all(isinstance(one, Int8Linear) and first.joins(one) for one in others)
+    return not any(isinstance(one, Int8Linear) for one in others)
 
 
 def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
     """One linear whose output is that of `linears`, one after another."""
+    int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
+    if int8:
+        return Int8Linear.joined(int8)
     first, size = linears[0], sum(linear.out_features for linear in linears)
     joined = Linear(first.in_features, size, bias=first.bias is not None, device="meta")
     joined.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]).detach())

@@ -1,10 +1,14 @@
-"""One rank's part of a checkpoint, in one visible order: spec, meta model, pipeline split, slices, collectives."""
+"""One rank's part of a checkpoint, in one visible order: spec, meta model, pipeline split, int8 layers, slices,
+collectives."""
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from rayllm.core.errors import CheckpointError
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.decoder import Decoder
+from rayllm.models.quantization import Scheme
 from rayllm.parallel.mesh import Mesh
 from rayllm.parallel.pipeline import keep_stage
 from rayllm.parallel.plan import (
@@ -17,46 +21,111 @@ from rayllm.parallel.plan import (
     style_of,
 )
 from rayllm.parallel.tensor import add_collectives
+from rayllm.quant.int8_linear import Int8Linear, linear_names, to_int8
+from rayllm.quant.ranges import absmax_scale, round_to_int8
 
 __all__ = ["check_layout", "load_shard", "local_kv_heads", "stage_layers"]
 
 
-def load_shard(checkpoint: Checkpoint, mesh: Mesh, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_shard(
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Scheme | None = None,
+) -> Decoder:
     """Raises ConfigError, before a weight is read, where the model cannot be split over `mesh`.
 
-    Reads nothing but this rank's slices, and holds no more than one of them twice.
+    Reads nothing but this rank's slices, and holds no more than one of them twice. Linear layers that are stored as
+    int8 stay so; `quantize` makes those of a checkpoint without any int8 as they are read. Raises CheckpointError for a
+    scale or, quantizing, a weight that is not finite.
     """
     check_layout(checkpoint.spec, mesh.tp_size, mesh.pp_size)
     with torch.device("meta"):
         model = Decoder(checkpoint.spec)
     keep_stage(model, mesh)
-    _read_slices(model, checkpoint, mesh, dtype, device)
-    model.tie_weights()
+    if quantize is None:
+        schemes = {name: form.scheme for name, form in checkpoint.int8.items()}
+    else:
+        assert not checkpoint.int8
+        schemes = dict.fromkeys(linear_names(model), quantize)
+    to_int8(model, schemes, outliers=checkpoint.has_outliers)
+    shares = getattr(model.lm_head, "weight", None) is getattr(model.embed_tokens, "weight", model)
+    for name, module in list(model.named_modules()):
+        if module is not model.lm_head or not shares:
+            _load_module(name, module, checkpoint, mesh, dtype, device)
+    if shares:
+        model.tie_weights()
     add_collectives(model, mesh)
     return model.eval()
 
 
-def _read_slices(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> None:
-    """Puts this rank's slice in the place of every meta parameter."""
-    for name, _ in list(model.named_parameters()):
-        module_name, _, kind = name.rpartition(".")
-        style, shape = style_of(module_name), checkpoint.shape(name)
-        index = local_index(style, shape, checkpoint.spec, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
-        local = [part.stop - part.start for part in index]
-        if style is Style.VOCAB:
-            local[0] = local_vocab_size(checkpoint.spec, mesh.tp_size)
-        # Zeros where the vocabulary is padded; always a copy, never a view of the file, which may be replaced while
-        # we serve.
-        weight = torch.zeros(local, dtype=dtype, device=device)
-        weight[tuple(slice(0, part.stop - part.start) for part in index)] = checkpoint.read(name, index).to(dtype)
-        module = model.get_submodule(module_name)
-        setattr(module, kind, nn.Parameter(weight))
-        _set_sizes(module)
-
-
-def _set_sizes(module: nn.Module) -> None:
-    """The sizes that torch's modules keep beside their weight, for those who read or print them."""
-    if isinstance(module, nn.Linear):
+def _load_module(
+    name: str, module: nn.Module, checkpoint: Checkpoint, mesh: Mesh, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Puts this rank's slice in the place of each meta parameter of one module, not of those inside it."""
+    for kind in [kind for kind, parameter in module.named_parameters(recurse=False) if parameter is not None]:
+        if not isinstance(module, Int8Linear) or kind == "bias":
+            part = _read_slice(f"{name}.{kind}", checkpoint, mesh, dtype, device)
+            setattr(module, kind, nn.Parameter(part))
+    if isinstance(module, Int8Linear):
+        if name in checkpoint.int8:
+            _load_int8(name, module, checkpoint, mesh, device)
+        else:
+            _quantize(name, module, checkpoint, mesh, device)
+    if isinstance(module, nn.Linear):  # sizes that torch's modules keep beside their weight
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings = module.weight.shape[0]
+
+
+def _read_slice(parameter: str, checkpoint: Checkpoint, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """This rank's part of one parameter; zeros where the vocabulary is padded.
+
+    Always a copy, never a view of the file, which may be replaced while we serve.
+    """
+    module_name, _, kind = parameter.rpartition(".")
+    style, shape = style_of(module_name), checkpoint.shape(parameter)
+    if style is Style.ROW and kind != "weight":
+        style = None  # scales belong to outputs, columns are picked by the caller, biases are whole
+    index = local_index(style, shape, checkpoint.spec, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+    local = [part.stop - part.start for part in index]
+    if style is Style.VOCAB:
+        local[0] = local_vocab_size(checkpoint.spec, mesh.tp_size)
+    part = torch.zeros(local, dtype=dtype, device=device)
+    part[tuple(slice(0, part.stop - part.start) for part in index)] = checkpoint.read(parameter, index).to(dtype)
+    return part
+
+
+def _load_int8(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh, device: torch.device) -> None:
+    weight_NK = _read_slice(f"{name}.weight", checkpoint, mesh, torch.int8, device)
+    scale_N1 = _read_slice(f"{name}.weight_scale", checkpoint, mesh, torch.float32, device)
+    _check_finite(scale_N1, f"{name}.weight_scale", checkpoint)
+    module.set_weight(weight_NK, scale_N1)
+    if module.outlier_columns is None:
+        return
+    shape = checkpoint.shape(f"{name}.outlier_columns")
+    columns_J = checkpoint.read(f"{name}.outlier_columns", (slice(0, *shape),)).to(device)
+    weight_NJ = _read_slice(f"{name}.outlier_weight", checkpoint, mesh, torch.bfloat16, device)
+    if style_of(name) is Style.ROW:
+        first = mesh.tp_rank * weight_NK.shape[1]
+        mine_J = (columns_J >= first) & (columns_J < first + weight_NK.shape[1])
+        columns_J, weight_NJ = columns_J[mine_J] - first, weight_NJ[:, mine_J]
+    module.set_outliers(columns_J.clone(), weight_NJ)
+
+
+def _quantize(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh, device: torch.device) -> None:
+    """The scale of an output that is split over ranks is that of its whole row, as it would be on one rank."""
+    weight_NK = _read_slice(f"{name}.weight", checkpoint, mesh, torch.float32, device)
+    scale_N1 = absmax_scale(weight_NK)
+    if style_of(name) is Style.ROW and mesh.tp_group is not None:
+        dist.all_reduce(scale_N1, dist.ReduceOp.MAX, group=mesh.tp_group)
+    _check_finite(scale_N1, f"{name}.weight", checkpoint)
+    module.set_weight(round_to_int8(weight_NK, scale_N1), scale_N1)
+
+
+def _check_finite(scale_N1: Tensor, parameter: str, checkpoint: Checkpoint) -> None:
+    if not scale_N1.isfinite().all():
+        stored = checkpoint.source(parameter).name
+        raise CheckpointError(checkpoint.directory, f"tensor {stored} holds NaN or infinity")

@@ -25,7 +25,9 @@ class SamplerSpec(msgspec.Struct, frozen=True, array_like=True):
     min_tokens: int
     suppressed: list[int]  # never sampled while fewer than min_tokens are out (eos and stop tokens)
     logprobs: int | None
+    logprob_token_ids: list[int]
     prompt_logprobs: int | None
+    prompt_logprobs_start: int  # the first token whose logprobs are not known yet
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -73,8 +75,8 @@ class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class SequenceResult(msgspec.Struct, frozen=True, array_like=True):
     """`token_id` is None where the step did not sample, NO_TOKEN where it could not.
 
-    `prompt_logprobs` cover the chunk's positions, for tokens start + 1 .. start + num_tokens that lie in the prompt;
-    None when not asked for.
+    `prompt_logprobs` cover the chunk's positions, for tokens start + 1 .. start + num_tokens that lie in the prompt,
+    from the sampler's `prompt_logprobs_start` on; None when not asked for.
     """
 
     seq_id: int

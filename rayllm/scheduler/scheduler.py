@@ -12,7 +12,7 @@ passes `rayllm.core.limits` fits alone.
 Knows nothing of text, time limits, devices or ranks; ids in, ids out. Not thread-safe.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -164,7 +164,7 @@ class Scheduler:
             group = sequence.group
             if group.wants_prompt_logprobs:
                 assert answer.prompt_logprobs is not None, f"sequence {sequence.seq_id}: prompt logprobs are missing"
-                group.add_prompt_logprobs(scheduled.start, answer.prompt_logprobs)
+                group.add_prompt_logprobs(scheduled.start + scheduled.num_tokens, answer.prompt_logprobs)
             if group.held and sequence.num_computed_tokens >= len(sequence.prompt_token_ids):
                 self._release_siblings(sequence)
             if scheduled.sample:
@@ -188,6 +188,13 @@ class Scheduler:
         self._dying.clear()
         self._running.clear()
         self._blocks.forget_cache()
+
+    def running_tokens(self) -> Counter[str]:
+        """How many tokens each request has generated in the sequences that hold blocks, by its id."""
+        tokens: Counter[str] = Counter()
+        for sequence in self._running.values():
+            tokens[sequence.group.request.request_id] += len(sequence.output_token_ids)
+        return tokens
 
     def check_integrity(self) -> None:
         """Raises AssertionError that says what is wrong, if anything is. Linear in everything; for tests."""
@@ -295,9 +302,11 @@ class Scheduler:
         sequence.num_computed_tokens = len(hits) * self._block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
-            if not sequence.group.wants_prompt_logprobs:
-                self.prefix_query_tokens += sequence.num_tokens
-                self.prefix_hit_tokens += sequence.num_computed_tokens
+            group = sequence.group
+            self.prefix_query_tokens += (
+                group.num_prompt_logprobs - 1 if group.wants_prompt_logprobs else sequence.num_tokens
+            )
+            self.prefix_hit_tokens += sequence.num_computed_tokens
         return True
 
     def _prefix_hits(self, sequence: Sequence) -> list[int]:

@@ -30,7 +30,7 @@ class SequenceOutput:
 
     `token_id` is always part of the output, a stop token too; `stop_token` repeats it where it ended the sequence.
     `prompt_logprobs`, if asked for, come once, with the first output of the first sequence of the request: one entry
-    for each prompt token, the first None.
+    for each prompt token, None for those before `prompt_logprobs_start`.
     `num_cached_tokens`: how many of the prompt's tokens were found in the prefix cache.
     """
 
@@ -66,12 +66,13 @@ class SequenceGroup:
         """Some are still to be computed."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
 
-    def add_prompt_logprobs(self, start: int, chunk: Tokens[PositionLogprobs]) -> None:
-        """`chunk`: of the tokens from position `start` + 1 on; those known already are left as they are."""
+    def add_prompt_logprobs(self, end: int, chunk: Tokens[PositionLogprobs]) -> None:
+        """`chunk`: of the tokens that are not known yet, up to the one that position `end` - 1 predicts."""
         assert self.prompt_logprobs is not None
         known = len(self.prompt_logprobs)
-        assert start < known, f"the prompt logprobs of tokens {known} to {start} are missing"
-        self.prompt_logprobs.extend(token_logprobs(position) for position in chunk[known - start - 1 :])
+        expected = max(0, min(end + 1, len(self.request.prompt_token_ids)) - known)
+        assert len(chunk) == expected, f"{len(chunk)} prompt logprobs after token {known}, {expected} were expected"
+        self.prompt_logprobs.extend(map(token_logprobs, chunk))
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -161,7 +162,9 @@ class Sequence:
             min_tokens=params.min_tokens,
             suppressed=sorted(self.group.stop_ids),
             logprobs=params.logprobs,
+            logprob_token_ids=list(params.logprob_token_ids),
             prompt_logprobs=params.prompt_logprobs if self.group.wants_prompt_logprobs else None,
+            prompt_logprobs_start=self.group.num_prompt_logprobs,
         )
 
 
@@ -177,7 +180,7 @@ def new_group(
         request=request,
         stop_ids=stop_ids,
         max_len=min(wanted, max_sequence_len),
-        prompt_logprobs=None if params.prompt_logprobs is None else [None],  # nothing predicts the first token
+        prompt_logprobs=None if params.prompt_logprobs is None else [None] * params.prompt_logprobs_start,
     )
     seed = secrets.randbits(64) if params.seed is None else params.seed & _UINT64
     for index in range(params.n):

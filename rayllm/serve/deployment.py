@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import build_engine, prepare
 from rayllm.engine.ray_executor import start_ray
+from rayllm.models.weight_version import weight_version
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
 from rayllm.serve.openai_api import build_http_app
 from rayllm.serve.service import InferenceService
-from rayllm.serve.weights import weight_version
 
 
 class InferenceReplica(InferenceServicer):

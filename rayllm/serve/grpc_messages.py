@@ -30,6 +30,7 @@ _OPTIONAL_PARAMS = (
     "ignore_eos",
     "logprobs",
     "prompt_logprobs",
+    "prompt_logprobs_start",
 )
 
 _FINISH_REASONS = {
@@ -136,6 +137,7 @@ def _sampling_params(message: pb.SamplingParams, *, is_chat: bool) -> SamplingPa
         **given,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
+        logprob_token_ids=tuple(message.logprob_token_ids),
         logit_bias=dict(message.logit_bias),
     )
 
@@ -150,7 +152,7 @@ def _logprobs(position: TokenLogprobs) -> pb.TokenLogprobs:
 
 
 def _prompt_logprobs(positions: Sequence[TokenLogprobs | None]) -> Iterable[pb.TokenLogprobs]:
-    """Nothing precedes the first token, so that it has none."""
+    """The first tokens have none, as many as the request says: one, which nothing precedes, or more."""
     return (_logprobs(position) for position in positions if position is not None)
 
 

@@ -23,11 +23,14 @@ _GAUGES: Final = {
     "free_blocks": "KV cache blocks that can be handed out",
     "total_blocks": "KV cache blocks",
     "last_step_age_s": "Seconds since the engine last completed a step, 0 while it has nothing to do",
+    "last_detection_s": "Seconds that the last loss of a shard went unnoticed, at most",
+    "last_recovery_s": "Seconds that it took to replace the shards, the last time",
 }
 _COUNTERS: Final = {
     "prefix_hit_tokens": "Prompt tokens found in the prefix cache",
     "prefix_query_tokens": "Prompt tokens looked up in the prefix cache",
     "preemptions": "Sequences sent back to the queue for want of blocks",
+    "recoveries": "Times that the shards were replaced because one was lost",
     "steps": "Engine steps completed",
     "prompt_tokens": "Prompt tokens accepted",
     "generated_tokens": "Tokens generated",

@@ -214,6 +214,8 @@ class _HttpFace:
             "created": self._service.started,
             "owned_by": "rayllm",
             "max_model_len": self._service.limits.max_model_len,
+            "bos_token_id": self._service.tokenizer.bos_token_id,
+            "eos_token_id": self._service.tokenizer.eos_token_id,
             "system_fingerprint": self._service.weight_version,
         }
 

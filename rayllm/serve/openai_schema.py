@@ -88,6 +88,8 @@ class _Sampling(_Wire):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int | None = None
+    logprob_token_ids: list[int] | None = None
     return_token_ids: bool | None = None
     request_id: str | None = None
     timeout_ms: int | None = None
@@ -131,6 +133,7 @@ class _Sampling(_Wire):
                 "seed",
                 "min_tokens",
                 "ignore_eos",
+                "prompt_logprobs_start",
             )
             if (value := getattr(self, name)) is not None
         }
@@ -141,6 +144,7 @@ class _Sampling(_Wire):
             prompt_logprobs=prompt_logprobs,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            logprob_token_ids=tuple(self.logprob_token_ids or ()),
             logit_bias=_logit_bias(self.logit_bias or {}),
         )
 

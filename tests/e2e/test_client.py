@@ -250,10 +250,14 @@ async def test_every_sampling_parameter_is_sent(server, make_client):
         stop_token_ids=(7,),
         ignore_eos=True,
         logprobs=0,
+        logprob_token_ids=(4, 1),
         prompt_logprobs=2,
+        prompt_logprobs_start=3,
     )
     async with make_client(target) as client:
-        await client.generate([5, 6], params, model="other", request_id="r", timeout_s=2.0)
+        answer = await client.generate([5, 6], params, model="other", request_id="r", timeout_s=2.0)
+        assert answer.prompt_logprobs is not None
+        assert answer.prompt_logprobs[:3] == [None] * 3
         await client.generate([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=None))
         await client.generate("hi")
     sent, chat, plain = scripted.requests
@@ -278,7 +282,9 @@ async def test_every_sampling_parameter_is_sent(server, make_client):
             stop_token_ids=[7],
             ignore_eos=True,
             logprobs=0,
+            logprob_token_ids=[4, 1],
             prompt_logprobs=2,
+            prompt_logprobs_start=3,
         ),
         timeout_ms=2000,
     )
@@ -455,6 +461,7 @@ async def test_nobody_there(make_client):
         ([1, 1 << 31], {}, "prompt"),
         ([1, True], {}, "prompt"),
         (5, {}, "prompt"),
+        (b"ab", {}, "prompt"),
         (None, {}, "prompt"),
         ([{"role": "user"}], {}, "messages"),
         ([{"role": "user", "content": "hi", "name": "x"}], {}, "messages"),

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -26,92 +26,12 @@ from rayllm.core.errors import CheckpointError, ConfigError
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
 from rayllm.proto.v1 import inference_pb2 as pb
-from rayllm.proto.v1.inference_pb2_grpc import InferenceStub
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.local import serve_local
 from tests.e2e.bad_input import BAD, MODEL, grpc_request, http_body
+from tests.e2e.endpoint import SCRIPT, Endpoint, free_ports, processes, start
 
 pytestmark = pytest.mark.ray
-
-SCRIPT = """
-import contextlib
-import sys
-import threading
-from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from rayllm.serve.config import ServeConfig
-from rayllm.serve.local import serve_local
-
-engine = EngineConfig(
-    model=ModelConfig(model=sys.argv[1]),
-    parallel=ParallelConfig(tensor=int(sys.argv[4])),
-    cache=CacheConfig(num_blocks=200),
-    scheduler=SchedulerConfig(max_num_seqs=4, max_waiting_requests=4),
-)
-config = ServeConfig(engine=engine, model_name="tiny", http_port=int(sys.argv[2]), grpc_port=int(sys.argv[3]))
-with serve_local(config):
-    print("ready", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
-"""
-
-
-@dataclass
-class Endpoint:
-    process: subprocess.Popen[str]
-    mark: str
-    http: httpx.Client
-    channel: grpc.Channel
-
-    @property
-    def stub(self) -> InferenceStub:
-        return InferenceStub(self.channel)
-
-    def load(self) -> pb.LoadResponse:
-        return self.stub.Load(pb.LoadRequest())
-
-    def settled(self, within_s: float = 2.0) -> None:
-        give_up = time.monotonic() + within_s
-        while (load := self.load()).running or load.waiting or load.free_blocks != load.total_blocks:
-            assert time.monotonic() < give_up, load
-            time.sleep(0.005)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def start(model: Path, *, tensor: int = 1) -> Endpoint:
-    http_port, grpc_port = free_ports(2)
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(model), *map(str, (http_port, grpc_port, tensor))],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"SERVE_TEST_MARK": mark},
-    )
-    assert process.stdout is not None
-    assert "ready" in process.stdout.readline()
-    http = httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=60)
-    return Endpoint(process, mark, http, grpc.insecure_channel(f"127.0.0.1:{grpc_port}"))
-
-
-def processes(mark: str) -> list[str]:
-    """The command lines of what still runs of an endpoint."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (directory / "environ").read_bytes():
-                found.append((directory / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +45,7 @@ def endpoint(model: Path) -> Iterator[Endpoint]:
     """Three ranks, so that the tokens of every test went through shards of their own."""
     endpoint = start(model, tensor=3)
     yield endpoint
-    endpoint.channel.close()
-    os.killpg(endpoint.process.pid, signal.SIGINT)
-    assert endpoint.process.wait(timeout=60) == 0
+    endpoint.stop()
 
 
 def test_both_faces_equal_the_offline_engine(endpoint, model):
@@ -245,6 +163,40 @@ async def test_a_burst_is_refused_at_once(endpoint):
     endpoint.settled()
 
 
+def test_streams_outlive_a_shard(endpoint):
+    """Four at once over either face, greedy and sampled; the text is that of an undisturbed run."""
+    bodies = [
+        LONG | {"prompt": f"tale {i}", "max_tokens": 150, "temperature": i % 2, "seed": i, "stream": True}
+        for i in range(2)
+    ]
+    params = pb.SamplingParams(max_tokens=150, ignore_eos=True, seed=7)
+    requests = [pb.GenerateRequest(model=MODEL, text=f"tale {i}", sampling=params) for i in range(2)]
+
+    def over_http(body: dict[str, object]) -> str:
+        with endpoint.http.stream("POST", "/v1/completions", json=body) as response:
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert events.pop() == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    def over_grpc(request: pb.GenerateRequest) -> str:
+        return "".join(chunk.text for chunk in endpoint.stub.GenerateStream(request))
+
+    with ThreadPoolExecutor() as threads:
+
+        def ask() -> list[Future[str]]:
+            asked = [threads.submit(over_http, body) for body in bodies]
+            return asked + [threads.submit(over_grpc, request) for request in requests]
+
+        expected = [answer.result() for answer in ask()]
+        disturbed = ask()
+        while endpoint.load().running < 4:
+            time.sleep(0.005)
+        os.kill(min(endpoint.shards()), signal.SIGKILL)
+        assert [answer.result() for answer in disturbed] == expected
+    assert endpoint.load().recoveries == 1
+    endpoint.settled()
+
+
 def test_health_reflection_and_metrics(endpoint):
     health = health_pb2_grpc.HealthStub(endpoint.channel)
     assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
@@ -303,7 +255,7 @@ def test_a_start_that_cannot_work_says_why_at_once(tiny_model, tmp_path):
 def test_a_replica_that_cannot_start_says_why_and_leaves_no_process(tiny_model):
     script = SCRIPT.replace("num_blocks=200", "num_blocks=10**11")
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-c", script, str(tiny_model), *map(str, free_ports(2)), "1"]
+    command = [sys.executable, "-c", script, str(tiny_model), *map(str, free_ports(2)), "1", "120"]
     env = os.environ | {"SERVE_TEST_MARK": mark}
     result = subprocess.run(command, capture_output=True, text=True, timeout=90, env=env, check=False)
     assert result.returncode == 1

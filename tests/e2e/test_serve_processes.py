@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.test_http_grpc_ray import free_ports
+from tests.e2e.endpoint import free_ports
 from tests.ray.processes import descendants, wait_gone
 
 pytestmark = pytest.mark.ray

@@ -1,5 +1,6 @@
 """Handlers that run in the shards of the tests."""
 
+import ctypes
 import json
 import os
 import signal
@@ -41,6 +42,9 @@ class Echo:
             return None
         if command == b"step":  # only the last rank answers, as the sampling rank does
             return argument if self._rank == self._world_size - 1 else None
+        if command == b"hold":  # the interpreter, on every rank, as a long call into C may
+            ctypes.PyDLL(None).usleep(int(argument) * 1_000_000)
+            return b"held"
         if int(argument or b"0") != self._rank:
             return self._join_collective(command)
         return self._misbehave(command)

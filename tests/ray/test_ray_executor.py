@@ -90,8 +90,9 @@ def test_every_rank_holds_what_fits_on_the_fullest(session: Session, model: Path
     assert num_blocks == of_all_layers * 3 // 2
 
 
-def test_a_lost_shard_makes_the_engine_unavailable(session: Session, model: Path) -> None:
-    engine = build_engine(prepare(config_of(model, 3, 1)), start_ray).engine
+def test_without_time_for_recovery_a_lost_shard_makes_the_engine_unavailable(session: Session, model: Path) -> None:
+    config = replace(config_of(model, 3, 1), parallel=ParallelConfig(tensor=3, shard_recovery_timeout_s=0))
+    engine = build_engine(prepare(config), start_ray).engine
     try:
         add_requests(engine)
         engine.step()

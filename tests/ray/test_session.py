@@ -28,6 +28,7 @@ DRIVER = textwrap.dedent("""
         from rayllm_cluster.shard_group import ShardGroup
 
         with ShardGroup("tests.ray.shards:create_echo", b"", plan_placement(2, 1, shard={"CPU": 1.0})) as group:
+            group.start(timeout_s=60)
             group.broadcast(b"step x", timeout_s=10)
             print(group.recv(1, timeout_s=10).decode(), flush=True)
             group.recv(0, timeout_s=600)
@@ -118,6 +119,7 @@ RAY_IS_SHUT_DOWN = textwrap.dedent("""
 
     session = Session.start(num_cpus=4)
     group = ShardGroup("tests.ray.shards:create_echo", b"", plan_placement(1, 1, shard={"CPU": 1.0}))
+    group.start(timeout_s=60)
     ray.shutdown()
     group.close()
     session.stop()

@@ -14,6 +14,7 @@ import ray
 
 from rayllm_cluster.errors import GroupClosedError, PlacementError, ShardLostError, ShardStalledError
 from rayllm_cluster.hub import DIED
+from rayllm_cluster.members import STOPPED
 from rayllm_cluster.placement import plan_placement
 from rayllm_cluster.session import Session
 from rayllm_cluster.shard_group import GroupOptions, ShardGroup
@@ -41,9 +42,17 @@ def nothing_is_left(session: Session, tmp_path: Path, monkeypatch: pytest.Monkey
         time.sleep(0.02)
 
 
-def start(tensor: int, pipeline: int = 1, factory: str = ECHO, **options: float) -> ShardGroup:
+def start(
+    tensor: int, pipeline: int = 1, factory: str = ECHO, start_timeout_s: float = 60, **options: float
+) -> ShardGroup:
     plan = plan_placement(tensor, pipeline, shard={"CPU": 1.0})
-    return ShardGroup(factory, b"config", plan, GroupOptions(**options))
+    group = ShardGroup(factory, b"config", plan, GroupOptions(**options))
+    try:
+        group.start(timeout_s=start_timeout_s)
+    except BaseException:
+        group.close()
+        raise
+    return group
 
 
 def pids(group: ShardGroup) -> set[int]:
@@ -107,16 +116,75 @@ def test_a_death_from_outside_while_nothing_is_asked() -> None:
             group.recv(1, timeout_s=1)
 
 
-@pytest.mark.parametrize("command", [b"stop-in-collective 1", b"sleep 1"])
-def test_a_shard_that_stalls_meets_the_deadline(command: bytes) -> None:
+def test_a_shard_that_stalls_meets_the_deadline() -> None:
     with start(2) as group:
         processes = pids(group)
         before = time.monotonic()
-        lost = lose(group, command, wait_for=1, timeout_s=0.5)
+        lost = lose(group, b"sleep 1", wait_for=1, timeout_s=0.5)
         assert time.monotonic() - before < 2.5
         assert isinstance(lost, ShardStalledError)
         assert (lost.rank, lost.cause) == (1, "no answer within 0.5 s")
+        assert 0.5 <= lost.detection_s < 1
         assert wait_gone(processes, 0) == set()
+
+
+def test_a_shard_that_is_stopped_is_found_long_before_the_deadline() -> None:
+    with start(2) as group:
+        processes = pids(group)
+        before = time.monotonic()
+        lost = lose(group, b"stop-in-collective 1", wait_for=0, timeout_s=60)
+        assert time.monotonic() - before < 2 + 0.5  # the latter: for it to be killed
+        assert (lost.rank, lost.cause) == (1, STOPPED)
+        assert lost.detection_s < 2
+        assert wait_gone(processes, 0) == set()
+
+
+def test_a_shard_that_is_stopped_while_nothing_is_asked() -> None:
+    with start(2) as group:
+        processes = pids(group)
+        os.kill(json.loads(group.ready[0])["pid"], signal.SIGSTOP)
+        assert wait_gone(processes, 2 + 0.5) == set()
+        with pytest.raises(ShardLostError, match=f"shard 0: {STOPPED}"):
+            group.check()
+
+
+def test_a_shard_that_is_busy_or_held_for_a_moment_is_not_lost() -> None:
+    """As by a profiler. A busy one holds the interpreter for longer than a stopped one would be left alone."""
+    with start(2) as group:
+        about = json.loads(group.ready[0])
+        os.kill(about["pid"], signal.SIGSTOP)
+        time.sleep(0.1)
+        os.kill(about["pid"], signal.SIGCONT)
+        group.broadcast(b"hold 3", timeout_s=5)
+        assert group.recv(0, timeout_s=30) == b"held"
+        group.check()
+
+
+def test_a_lost_group_starts_again_in_the_same_placement() -> None:
+    with start(2) as group:
+        lives = [pids(group)]
+        for rank in (0, 1):
+            lose(group, b"kill-in-collective %d" % rank, wait_for=1 - rank)
+            with pytest.raises(ShardLostError):
+                group.check()
+            group.start(timeout_s=60)
+            group.check()
+            lives.append(pids(group))
+            group.broadcast(b"reduce 1", timeout_s=10)
+            assert [group.recv(rank, timeout_s=10) for rank in (0, 1)] == [b"3.0", b"3.0"]
+        assert len(set().union(*lives)) == 6
+        assert len([row for row in ray.util.placement_group_table().values() if row["state"] == "CREATED"]) == 1
+
+
+def test_close_ends_a_start_from_another_thread() -> None:
+    group = ShardGroup("tests.ray.shards:create_slowly", b"", plan_placement(2, 1, shard={"CPU": 1.0}))
+    closer = threading.Timer(3, group.close)
+    closer.start()
+    with pytest.raises(GroupClosedError):
+        group.start(timeout_s=300)
+    closer.join()
+    with pytest.raises(GroupClosedError):
+        group.start(timeout_s=300)
 
 
 def test_a_handler_that_raises_is_named() -> None:
@@ -158,6 +226,7 @@ def test_a_function_is_a_factory_too() -> None:
             return payload[::-1]
 
     with ShardGroup(lambda *_: Reverse(), b"", plan_placement(1, 1, shard={"CPU": 1.0})) as group:
+        group.start(timeout_s=60)
         group.broadcast(b"abc", timeout_s=5)
         assert group.recv(0, timeout_s=5) == b"cba"
 

@@ -35,6 +35,7 @@ def two_nodes() -> Iterator[Cluster]:
 
 def test_a_pipeline_over_two_nodes(two_nodes: Cluster) -> None:
     with ShardGroup("tests.ray.shards:create_echo", b"", plan_placement(1, 2, shard={"CPU": 1.0})) as group:
+        group.start(timeout_s=60)
         here = ray.get_runtime_context().get_node_id()
         nodes = [slot.node.node_id for slot in group._placement.slots]
         assert nodes[0] == here

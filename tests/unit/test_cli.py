@@ -20,7 +20,9 @@ from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
 
 ENGINE = (
-    "--tp --pp --dtype --max-model-len --kv-cache-memory --gpu-memory-fraction --max-num-seqs --max-num-batched-tokens"
+    "--tp --pp --dtype --quantize --max-model-len --kv-cache-memory --kv-cache-dtype --gpu-memory-fraction"
+    " --max-num-seqs"
+    " --max-num-batched-tokens"
 )
 SAMPLING = "--max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop"
 GENERATE = (
@@ -32,9 +34,14 @@ WORKLOAD = "--requests --input-len --output-len"
 # An option is a promise to keep: adding one means adding it here, with a reason in the commit.
 FROZEN = {
     "": "--version --verbose -v",
-    "serve": f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --json",
+    "serve": f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --shard-recovery-timeout --json",
     "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
     "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
+    "eval": "",
+    "eval report": "runs --output -o --json",
+    "eval run": (
+        f"model {ENGINE} --tasks --url --num-fewshot --limit --data --output --seed --allow-code-execution --json"
+    ),
     "models": "",
     "models list": "--json",
     "models fetch": "name --json",
@@ -42,6 +49,7 @@ FROZEN = {
     "bench": "",
     "bench offline": f"model {ENGINE} {WORKLOAD} --repeats --against-transformers --json",
     "bench serve": f"{ENGINE} {WORKLOAD} --url --in-process --concurrency --json",
+    "quantize": "model out --scheme --outliers --calibration --skip --json",
     "plan": "model --params --dtype --gpu-memory --gpu-memory-fraction --context --max-gpus --json",
 }
 
@@ -205,6 +213,13 @@ def test_generate_prints_text_and_applies_the_chat_template(rayllm, tiny_model: 
         (["bench", "serve", "--url", "grpc://127.0.0.1:1", "--requests", "1"], "every request failed: "),
         (["serve", "--config", "/no/such/file"], "/no/such/file: No such file or directory"),
         (["serve"], "no model: name one"),
+        (["eval", "{model}", "--tasks", "hellaswagg"], "no task is called 'hellaswagg'; did you mean hellaswag?"),
+        (["eval", "{model}", "--tasks", ","], "--tasks: names no task"),
+        (["eval", "--tasks", "piqa"], "give either a model or --url"),
+        (["eval", "{model}", "--url", "http://127.0.0.1:1", "--tasks", "piqa"], "give either a model or --url"),
+        (["eval", "--url", "http://127.0.0.1:1", "--tasks", "piqa"], "http://127.0.0.1:1: "),
+        (["eval", "--url", "grpc://127.0.0.1:1", "--tasks", "piqa"], "--url: 'grpc://127.0.0.1:1' begins with neither"),
+        (["eval", "{model}", "--tasks", "piqa", "--data", "/nowhere"], "/nowhere: no such folder. Get it"),
     ],
 )
 def test_an_error_is_one_line_on_stderr(rayllm, tiny_model: Path, arguments, problem):
@@ -226,6 +241,8 @@ def test_an_error_is_one_line_on_stderr(rayllm, tiny_model: Path, arguments, pro
         ["plan", "--params", "7B", "--gpu-memory", "80 GiraffeBytes"],
         ["chat"],
         ["bench", "serve"],
+        ["eval", "x"],
+        ["eval", "x", "--tasks", "piqa", "--limit", "0"],
         ["nonsense"],
     ],
 )
@@ -234,6 +251,24 @@ def test_wrong_usage_is_status_2(rayllm, arguments):
     assert result.status == 2
     assert result.out == ""
     assert "Traceback" not in result.err
+
+
+def test_eval_json_and_resume(rayllm, tiny_model: Path, tmp_path: Path):
+    goals = [{"goal": "To dry", "sol1": "use paper", "sol2": "use soup", "label": i % 2} for i in range(6)]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in goals))
+    arguments = ["eval", tiny_model, "--tasks", "piqa", "--data", tmp_path, "--output", tmp_path / "run"]
+    first = json.loads(rayllm(*arguments, "--limit", 4, "--json").out)
+    assert first["tasks"]["piqa"]["num_documents"] == 4
+    assert first["weight_version"].startswith("w-")
+    whole = json.loads(rayllm(*arguments, "--json").out)
+    assert (whole["tasks"]["piqa"]["num_documents"], whole["tasks"]["piqa"]["num_resumed"]) == (6, 4)
+    assert whole["tasks"]["piqa"]["metrics"]["acc"]["value"] == 0.5
+    assert json.loads((tmp_path / "run/results.json").read_text())["tasks"] == whole["tasks"]
+    table = rayllm(*arguments).out
+    assert "acc_norm" in table
+    other = rayllm(*arguments, "--seed", 7)
+    assert other.status == 1
+    assert "holds another run (seed: 0 there, 7 here)" in other.err
 
 
 def test_version(rayllm):

@@ -47,16 +47,18 @@ def random_cache(model: Decoder, dtype: torch.dtype) -> KVCache:
 
 
 def pages(cache: KVCache, model: Decoder) -> list[Tensor]:
-    return [page for layer in range(model.spec.num_layers) for page in cache.pages(layer)]
+    return [page for layer in range(model.spec.num_layers) for page in cache.pages(layer) if page is not None]
 
 
-def check_steps(model: Decoder, dtype: torch.dtype, runs: list[int]) -> list[tuple[int, int]]:
+def check_steps(
+    model: Decoder, dtype: torch.dtype, runs: list[int], cache_dtype: torch.dtype | None = None
+) -> list[tuple[int, int]]:
     """Steps of many sizes: the output and the cache equal the model's own.
 
     -> of each step its number of sequences, and how often the graphs ran the model (which `runs` counts).
     """
     torch.manual_seed(0)
-    graphs, ours = DecodeGraphs(model, ROWS, dtype), random_cache(model, dtype)
+    graphs, ours = DecodeGraphs(model, ROWS, dtype), random_cache(model, cache_dtype or dtype)
     theirs = copy.deepcopy(ours)
     tables_RM = torch.randperm(BLOCKS)[: ROWS * 8].view(ROWS, 8).int()
     seen = []
@@ -103,6 +105,12 @@ def test_a_number_of_sequences_runs_the_model_once(case: str, runs: list[int], t
 @torch.inference_mode()
 def test_bfloat16(runs: list[int], tmp_path: Path) -> None:
     check_steps(load(tmp_path, "llama-gqa", torch.bfloat16, EVEN), torch.bfloat16, runs)
+
+
+@torch.inference_mode()
+def test_int8_pages(runs: list[int], tmp_path: Path) -> None:
+    steps = check_steps(load(tmp_path, "llama-gqa", torch.bfloat16, EVEN), torch.bfloat16, runs, torch.int8)
+    assert steps == [(3, 1), (1, 1), (6, 1), (3, 0), (1, 0), (2, 1), (6, 0), (3, 0)]
 
 
 @torch.inference_mode()

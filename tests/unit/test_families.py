@@ -98,7 +98,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama-gqa", {"attention_bias": "no"}, "attention_bias: 'no' must be true or false"),
     ("llama-gqa", {"eos_token_id": ["x"]}, "eos_token_id: ['x'] must be an integer or a list"),
     ("llama-gqa", {"sliding_window": 16}, "sliding_window: 16 is not supported"),
-    ("llama-gqa", {"quantization_config": {"quant_method": "awq"}}, "quantization_config: method 'awq' is not"),
+    ("llama-gqa", {"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method: 'awq' is not"),
     ("llama-gqa", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
     ("llama-gqa", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type: 'longrope' is not supported"),
     ("llama-gqa", {"rope_scaling": {"type": "su"}}, "rope_scaling.type: 'su' is not supported"),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayllm.core.config import CacheConfig, SchedulerConfig
-from rayllm.core.errors import ConfigError, InvalidRequestError
+from rayllm.core.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from rayllm.core.types import FinishReason, SamplingParams
 from rayllm.engine.llm import LLM
 
@@ -141,6 +142,36 @@ def test_logprobs_are_the_models_own(llm, tiny_model, prompts):
             assert [value for _, value in scored.top] == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_scores_from_a_start_and_of_asked_tokens(llm, tiny_model, prompts, warm):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    asked = (7, 0, 200)
+    for prompt in prompts:
+        if warm:
+            llm.generate(prompt, GREEDY)
+        start = max(1, len(prompt) - 3)
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            logprobs=1,
+            logprob_token_ids=asked,
+            prompt_logprobs=0,
+            prompt_logprobs_start=start,
+        )
+        (output,) = llm.generate(prompt, params)
+        with torch.inference_mode():
+            reference = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+        assert output.num_cached_tokens == ((start - 1) // 16 * 16 if warm else 0)
+        assert output.prompt_logprobs[:start] == [None] * start
+        scores = [position.logprob for position in output.prompt_logprobs[start:]]
+        expected = [reference[i - 1, prompt[i]].item() for i in range(start, len(prompt))]
+        assert scores == pytest.approx(expected, abs=1e-4)
+        best, *others = output.outputs[0].logprobs[0].top
+        assert best[0] == output.outputs[0].token_ids[0]
+        assert [token for token, _ in others] == list(asked)
+        assert [value for _, value in others] == pytest.approx(reference[-1, list(asked)].tolist(), abs=1e-4)
+
+
 def test_stop_token_and_stop_string(llm, prompts, expected):
     stop = next(token for token in expected[2][3:] if token not in expected[2][:3])
     output = llm.generate(prompts[2], SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(stop,)))[0].outputs[
@@ -162,7 +193,7 @@ def test_a_cache_larger_than_memory_is_refused(tiny_model):
         LLM(str(tiny_model), cache=CacheConfig(num_blocks=10**12))
 
 
-@pytest.mark.parametrize("bad", [5, None, {1, 2}])
+@pytest.mark.parametrize("bad", [5, None, {1, 2}, b"ab"])
 def test_prompts_of_a_wrong_type_are_refused(llm, bad):
     with pytest.raises(InvalidRequestError, match=r"^prompts: must be a string or a list"):
         llm.generate(bad)
@@ -198,3 +229,62 @@ def test_runs_without_ray_and_without_the_wire_formats(tiny_model):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(",") == 2
+
+
+def test_each_output_is_heard_of_once_with_its_prompts_index(llm, prompts):
+    heard = {}
+    outputs = llm.generate(prompts, GREEDY, on_output=lambda index, output: heard.setdefault(index, output))
+    assert [heard[index] for index in range(len(prompts))] == outputs
+
+
+def test_a_closed_llm_says_so(tiny_model, prompts):
+    llm = LLM(str(tiny_model))
+    llm.close()
+    for _ in range(2):
+        with pytest.raises(EngineUnavailableError, match="closed"):
+            llm.generate(prompts, GREEDY)
+
+
+def test_goes_on_after_an_interrupt(llm, prompts, expected, monkeypatch):
+    """Ctrl-C while a step runs, as in a notebook: what ran is forgotten, and the next call is answered."""
+    result, interrupts = Future.result, iter([False, False, True])
+
+    def interrupted(self, timeout=None):
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        return result(self, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, GREEDY)
+    assert token_ids(llm, prompts) == expected
+
+
+def test_threads_take_turns(llm, prompts, expected):
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: token_ids(llm, prompts), range(3))) == [expected] * 3
+
+
+def test_on_output_may_not_generate(llm, prompts, expected):
+    with pytest.raises(EngineUnavailableError, match="on_output"):
+        llm.generate(prompts, GREEDY, on_output=lambda index, output: llm.generate(prompts, GREEDY))
+    assert token_ids(llm, prompts) == expected
+
+
+def test_a_forked_process_is_told_to_make_its_own(tiny_model):
+    script = f"""
+import os
+from rayllm import LLM, SamplingParams
+llm = LLM({str(tiny_model)!r})
+llm.generate([1, 2], SamplingParams(max_tokens=1))
+if os.fork() == 0:
+    try:
+        llm.generate([1, 2], SamplingParams(max_tokens=1))
+    except Exception as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "make another after the fork" in run.stdout

@@ -5,7 +5,7 @@ import numpy as np
 from rayllm.engine.persistent_batch import PersistentBatch
 from rayllm.scheduler.batch import Batch, NewSequence, SamplerSpec, ScheduledSequence
 
-SAMPLER = SamplerSpec(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, {}, 0, 0, [], None, None)
+SAMPLER = SamplerSpec(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, {}, 0, 0, [], None, [], None, 0)
 
 
 def test_mixed_prefill_and_decode():

@@ -28,7 +28,9 @@ BASE = SamplerSpec(
     min_tokens=0,
     suppressed=[],
     logprobs=None,
+    logprob_token_ids=[],
     prompt_logprobs=None,
+    prompt_logprobs_start=0,
 )
 
 

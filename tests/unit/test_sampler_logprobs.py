@@ -52,6 +52,20 @@ def test_prompt_logprobs_agree_with_float64(monkeypatch: pytest.MonkeyPatch) -> 
     assert [position.rank for position in got[3:]] == [1] * 8
 
 
+def test_asked_tokens_follow_the_likeliest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 1000 * 2)
+    logits = tied_logits(5, 1000)
+    num_top, asked = [0, 3, 1, 0, 2], [[7], [], [999, 0, 999], [5, 6], [1]]
+    targets = torch.arange(5)
+    got = logprobs.position_logprobs(logits, targets, num_top, asked)
+    reference = logits.double().log_softmax(dim=-1)
+    for position, row, logit_row, n, ids in zip(got, reference, logits, num_top, asked, strict=True):
+        assert [token_id for token_id, _ in position.top] == order(logit_row)[:n] + ids
+        assert [value for _, value in position.top] == pytest.approx(
+            [float(row[token_id]) for token_id, _ in position.top], abs=2e-6
+        )
+
+
 def test_prompt_logprobs_edges() -> None:
     sampler = Sampler(vocab_size=6, max_rows=1, device=torch.device("cpu"))
     logits = torch.tensor([[0.0, 1.0, float("-inf"), 3.0, 2.0, 1.0], [float("nan")] * 6])

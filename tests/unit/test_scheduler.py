@@ -56,9 +56,10 @@ def reference(prompt: Sequence[int], params: SamplingParams, index: int = 0, max
     return tokens[len(prompt) :]
 
 
-def reference_prompt_logprobs(prompt: Sequence[int]) -> list[TokenLogprobs | None]:
+def reference_prompt_logprobs(prompt: Sequence[int], start: int = 1) -> list[TokenLogprobs | None]:
     scores = [score(fingerprint, token) for fingerprint, token in zip(fingerprints(prompt), prompt[1:], strict=False)]
-    return [None, *(TokenLogprobs(token_id=s.token_id, logprob=s.logprob, rank=1, top=tuple(s.top)) for s in scores)]
+    known = [TokenLogprobs(token_id=s.token_id, logprob=s.logprob, rank=1, top=tuple(s.top)) for s in scores]
+    return [*[None] * start, *known[start - 1 :]]
 
 
 @dataclass
@@ -107,7 +108,8 @@ class Ranks:
         self.num_computed += scheduled.num_tokens
         scores = None
         if row.sampler.prompt_logprobs is not None:
-            positions = range(scheduled.start, min(stop, row.prompt_len - 1))
+            first = max(scheduled.start, row.sampler.prompt_logprobs_start - 1)
+            positions = range(first, min(stop, row.prompt_len - 1))
             scores = [score(prints[p], row.tokens[p + 1]) for p in positions]
         if not scheduled.sample:
             return SequenceResult(scheduled.seq_id, None, None, scores)
@@ -583,6 +585,25 @@ def test_prompt_logprobs_come_once_complete_and_aligned(length, budget):
     engine.check(request, 1)
 
 
+@pytest.mark.parametrize("start", [1, 4, 5, 6, 12, 22])
+@pytest.mark.parametrize("budget", [1, 3, 64])
+def test_prompt_logprobs_from_a_start_leave_what_is_before_it_to_the_cache(start, budget):
+    engine = Engine(max_num_batched_tokens=budget)
+    prompt = [i % 9 + 1 for i in range(23)]
+    engine.add("warm", prompt)
+    engine.drain()
+    computed, looked_up = engine.ranks.num_computed, engine.scheduler.prefix_query_tokens
+    request = engine.add("a", prompt, max_tokens=1, prompt_logprobs=1, prompt_logprobs_start=start)
+    engine.drain()
+    (only,) = engine.outputs["a", 0]
+    assert only.prompt_logprobs == reference_prompt_logprobs(prompt, start)
+    cached = (start - 1) // 4 * 4  # the position before `start` is computed: its logits are what is asked for
+    assert only.num_cached_tokens == cached
+    assert engine.ranks.num_computed - computed == len(prompt) - cached
+    assert engine.scheduler.prefix_query_tokens - looked_up == start - 1
+    engine.check(request)
+
+
 def test_prompt_logprobs_survive_preemption_without_being_computed_twice():
     engine = Engine(num_blocks=9, block_size=2, max_num_batched_tokens=2)
     older = engine.add("old", [1, 2], max_tokens=14)
@@ -836,9 +857,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         ends=st.booleans(),
         min_tokens=st.integers(0, 4),
         prompt_logprobs=st.sampled_from([None, None, 2]),
+        prompt_logprobs_start=st.sampled_from([1, 3, 8, 17]),
         open_end=st.booleans(),
     )
-    def add(self, prompt, room, n, seed, ends, min_tokens, prompt_logprobs, open_end):
+    def add(self, prompt, room, n, seed, ends, min_tokens, prompt_logprobs, prompt_logprobs_start, open_end):
         prompt = prompt[: self.max_len - 1]
         room = min(room, self.max_len - len(prompt))
         name = str(len(self.requests))
@@ -852,6 +874,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             ignore_eos=not ends,
             stop_token_ids=(3,) if ends else (),
             prompt_logprobs=prompt_logprobs,
+            prompt_logprobs_start=1 if prompt_logprobs is None else max(1, min(prompt_logprobs_start, len(prompt) - 1)),
         )
 
     @precondition(lambda self: self.requests)
@@ -919,7 +942,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request.params.prompt_logprobs is None or not any(sequences):
             assert given == []
         else:
-            assert given == [reference_prompt_logprobs(request.prompt_token_ids)]
+            start = request.params.prompt_logprobs_start
+            assert given == [reference_prompt_logprobs(request.prompt_token_ids, start)]
 
 
 SchedulerMachine.TestCase.settings = settings(

@@ -25,6 +25,7 @@ INTERNAL = [
     ZeroDivisionError("/root/secret.py"),
     errors.CheckpointError("/root/secret", "is damaged"),
     errors.ConfigError("/root/secret"),
+    errors.DataError("/root/secret"),
     OSError(2, "/root/secret"),
 ]
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from rayllm.core.config import EngineConfig, ModelConfig
 from rayllm.core.errors import ConfigError
+from rayllm.models.weight_version import weight_version
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.local import _cause, _check_port, _free_ports
-from rayllm.serve.weights import weight_version
 
 ENGINE = EngineConfig(model=ModelConfig(model="/models/Some-Model/"))
 

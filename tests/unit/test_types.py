@@ -26,7 +26,7 @@ FLOATS = {  # field: (lowest, highest, is the lowest itself allowed)
     "frequency_penalty": (-2.0, 2.0, True),
     "presence_penalty": (-2.0, 2.0, True),
 }
-COLLECTIONS = ("stop", "stop_token_ids", "logit_bias")
+COLLECTIONS = ("stop", "stop_token_ids", "logprob_token_ids", "logit_bias")
 
 
 def refused(**values: object) -> InvalidRequestError:
@@ -149,3 +149,12 @@ def test_an_instance_stays_valid_when_its_sources_change():
 def test_an_unknown_parameter_is_an_error():
     with pytest.raises(TypeError, match="best_of"):
         SamplingParams(best_of=2)
+
+
+def test_what_belongs_together():
+    refused(prompt_logprobs_start=2)
+    refused(logprob_token_ids=(1,))
+    for start in (0, -1, True, 1.5, HUGE):
+        refused(prompt_logprobs_start=start, prompt_logprobs=0)
+    params = SamplingParams(prompt_logprobs=0, prompt_logprobs_start=9, logprobs=0, logprob_token_ids=[4, 5])
+    assert (params.prompt_logprobs_start, params.logprob_token_ids) == (9, (4, 5))

@@ -1,0 +1,198 @@
+"""Attention over pages on a GPU: decode in GB/s of keys and values read, prefill in TFLOP/s, both against torch.
+
+Every case runs with each configuration that ships for it, in a CUDA graph, with the L2 cache flushed and other inputs
+each time; the figure is the median. torch decodes by gathering the pages and one call of its attention, which is what
+it offers; for prefill it gets the keys and values already gathered.
+
+    python kernels/bench/paged_attention.py --csv paged_attention.csv
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rayllm_kernels.gpu.paged_attention import CONFIGS, Config, launch
+
+HEADS, KV_HEADS, PAGE, CACHES = 32, 8, 16, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    batch: int
+    queries: int  # of each sequence
+    context: int
+    head_dim: int
+    int8: bool
+
+    @property
+    def decode(self) -> bool:
+        return self.queries == 1
+
+    @property
+    def gigabytes(self) -> float:
+        per_head = self.head_dim + 4 if self.int8 else 2 * self.head_dim
+        return 2 * self.batch * self.context * KV_HEADS * per_head / 1e9
+
+    @property
+    def teraflops(self) -> float:
+        """Two products over the keys that a query sees."""
+        seen = self.queries * (self.context - self.queries) + self.queries * (self.queries + 1) / 2
+        return 4 * self.batch * HEADS * self.head_dim * seen / 1e12
+
+
+CASES = [
+    Case(batch=batch, queries=1, context=context, head_dim=head_dim, int8=int8)
+    for head_dim in (64, 128, 256)
+    for batch, context in ((1, 8192), (12, 8192), (16, 8192), (64, 8192), (64, 512), (1, 131072))
+    for int8 in (False, True)
+] + [
+    Case(batch=batch, queries=queries, context=context, head_dim=head_dim, int8=int8)
+    for head_dim in (64, 128, 256)
+    for batch, queries, context in ((1, 8192, 8192), (1, 2048, 16384), (8, 512, 512))
+    for int8 in (False, True)
+]
+
+
+class Inputs:
+    """Caches in random order of pages, `CACHES` sets of them to take turns."""
+
+    def __init__(self, case: Case) -> None:
+        pages = case.batch * -(-case.context // PAGE)
+        shape = (pages, PAGE, KV_HEADS, case.head_dim)
+
+        def cache() -> Tensor:
+            x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            return (x * 30).clamp(-127, 127).to(torch.int8) if case.int8 else x
+
+        def scales() -> Tensor | None:
+            return torch.full(shape[:3], 1 / 30, device="cuda") if case.int8 else None
+
+        self.caches = [(cache(), cache(), scales(), scales()) for _ in range(CACHES)]
+        self.q = torch.randn(case.batch * case.queries, HEADS, case.head_dim, device="cuda", dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.q)
+        self.tables = torch.randperm(pages, device="cuda").view(case.batch, -1).int()
+        self.rows = torch.arange(case.batch, device="cuda").int()
+        self.starts = torch.arange(case.batch + 1, device="cuda").int() * case.queries
+        self.contexts = torch.full_like(self.rows, case.context)
+        self.case = case
+        self.processors = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def ours(self, which: int, config: Config) -> None:
+        launch(
+            self.q,
+            *self.caches[which],
+            self.tables,
+            self.rows,
+            self.starts,
+            self.contexts,
+            self.case.head_dim**-0.5,
+            None,
+            self.out,
+            processors=self.processors,
+            config=config,
+        )
+
+    def theirs(self) -> list[Callable[[], object]]:
+        """For bfloat16 caches, one for each set of them."""
+        shape = (self.case.batch, self.case.queries, HEADS, self.case.head_dim)
+        q = self.q.view(shape).transpose(1, 2)
+        tables = self.tables.long()
+
+        def gather(cache: Tensor) -> Tensor:
+            return cache[tables].flatten(1, 2)[:, : self.case.context].transpose(1, 2)
+
+        mask = torch.ones(self.case.queries, self.case.context, device="cuda", dtype=torch.bool)
+        mask = mask.tril(self.case.context - self.case.queries)
+        causal = self.case.queries == self.case.context
+
+        def attend(k: Tensor, v: Tensor) -> Tensor:
+            if self.case.decode or causal:
+                return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+        if self.case.decode:
+            return [lambda k=k, v=v: attend(gather(k), gather(v)) for k, v, _, _ in self.caches]
+        gathered = [(gather(k).contiguous(), gather(v).contiguous()) for k, v, _, _ in self.caches]
+        return [lambda k=k, v=v: attend(k, v) for k, v in gathered]
+
+
+def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
+    """Of one call, replayed from a CUDA graph so that Python's part is left out."""
+    graphs = []
+    for call in calls:
+        call()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graphs.append(graph)
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times = []
+    for i in range(repeats + 3):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graphs[i % len(graphs)].replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times[3:])
+
+
+def clocks() -> str:
+    """The GPU's processor and memory clocks now, MHz."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().replace(", ", "/")
+
+
+def measure(case: Case, repeats: int) -> Iterator[dict[str, object]]:
+    inputs = Inputs(case)
+    theirs_us = None if case.int8 else median_us(inputs.theirs(), repeats)
+    for config in CONFIGS[case.decode, case.head_dim]:
+        us = median_us([lambda i=i, config=config: inputs.ours(i, config) for i in range(CACHES)], repeats)
+        tiles = f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages} p{config.programs_per_sm}"
+        yield asdict(case) | {
+            "config": tiles,
+            "us": round(us, 1),
+            "gb_per_s": round(case.gigabytes / us * 1e6),
+            "tflop_per_s": round(case.teraflops / us * 1e6, 1),
+            "torch_us": theirs_us and round(theirs_us, 1),
+            "ratio": theirs_us and round(theirs_us / us, 2),
+            "card": torch.cuda.get_device_name(),
+            "clocks": clocks(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=[64, 128, 256], default=[128])
+    arguments = parser.parse_args()
+    writer = None
+    with arguments.csv.open("w", newline="") as file, torch.inference_mode():
+        for case in CASES:
+            if case.head_dim not in arguments.head_dim:
+                continue
+            for row in measure(case, arguments.repeats):
+                if writer is None:
+                    writer = csv.DictWriter(file, row)
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
+                print(*(row[name] for name in list(row)[:11]), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The inner products that the linear kernels are made of, callable inside numba-compiled code.
+
+Two kinds. Vectors: some weight rows times some rows of x along their whole length, the sums in registers. Tiles: 32
+weight rows times 16 or 32 packed rows of x in AMX registers. Either reads the weight where it lies, row by row, and
+adds up every sum in the same order whatever the block's shape. Knows nothing of scales, biases or dtypes of results.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils, config
+
+from rayllm_kernels.amx import tile_dot_bf16, tile_dot_int8, tile_load, tile_store, tile_zero
+from rayllm_kernels.simd import (
+    BYTES,
+    FLOATS,
+    INTS,
+    LANES,
+    call_llvm,
+    emit_fma,
+    emit_load,
+    emit_load_bf16,
+    emit_load_i8,
+    emit_prefetch,
+    emit_sum_lanes,
+    inlined,
+    operation,
+    pointer,
+    splat,
+    transpose,
+)
+
+CACHE_LINE = 64
+TILE = 16  # weight rows, rows of x, and groups of 4 bytes along the length, of one tile
+STRIPE = 32  # weight rows multiplied at a time: with one tile, each product would wait for the one before
+_AHEAD = 8192  # bytes
+
+_LOADS = {"float32": (4, emit_load), "bfloat16": (2, emit_load_bf16), "int8": (1, emit_load_i8)}
+
+
+def dot_floats(rows: int, columns: int, weight: Literal["float32", "bfloat16", "int8"]) -> Any:
+    """Intrinsic: `rows` weight rows times `columns` float32 rows of x -> float32 [rows, columns] at `out`.
+
+    Arguments: weight, x, length of a row (whole cache lines of weights), out. Fetches weights into the second-level
+    cache ahead of their use: left to itself the hardware starts anew at each page and reaches two thirds of the
+    bandwidth.
+    """
+    item, emit_weight = _LOADS[weight]
+    per_line = CACHE_LINE // item
+
+    @operation(types.void, types.int64, types.int64, types.int64, types.int64)
+    def emit(builder: Any, weight: Any, x: Any, length: Any, out: Any) -> Any:
+        int64 = ir.IntType(64)
+        pitch = builder.mul(length, int64(item))
+        starts = [builder.add(weight, builder.mul(pitch, int64(r))) for r in range(rows)]
+        vectors = [builder.add(x, builder.mul(length, int64(4 * c))) for c in range(columns)]
+        ahead = int64(_AHEAD) if rows == 1 else builder.mul(pitch, int64(rows))
+        sums = [[cgutils.alloca_once_value(builder, splat(0.0, FLOATS)) for _ in vectors] for _ in starts]
+        with cgutils.for_range(builder, builder.udiv(length, int64(per_line))) as loop:
+            line = builder.mul(loop.index, int64(CACHE_LINE))
+            for start in starts:
+                emit_prefetch(builder, builder.add(builder.add(start, line), ahead))
+            for part in range(0, per_line, LANES):
+                step = builder.add(line, int64(part * item))
+                x_step = builder.add(builder.mul(loop.index, int64(per_line * 4)), int64(part * 4))
+                values = [emit_load(builder, builder.add(vector, x_step)) for vector in vectors]
+                for start, totals in zip(starts, sums, strict=True):
+                    wide = emit_weight(builder, builder.add(start, step))
+                    for value, total in zip(values, totals, strict=True):
+                        builder.store(emit_fma(builder, wide, value, builder.load(total)), total)
+        for i, total in enumerate(total for totals in sums for total in totals):
+            target = pointer(builder, builder.add(out, int64(4 * i)), ir.FloatType())
+            builder.store(emit_sum_lanes(builder, builder.load(total)), target)
+
+    return emit
+
+
+def _dot_instruction() -> str | None:
+    """The LLVM intrinsic of this processor that multiplies unsigned with signed bytes and adds up fours of them."""
+    features = {} if config.CPU_NAME or config.CPU_FEATURES else binding.get_host_cpu_features()
+    if features.get("avx512vnni"):
+        return "llvm.x86.avx512.vpdpbusd.512"
+    if features.get("avxvnni"):
+        return "llvm.x86.avx512.vpdpbusd.256"
+    return None
+
+
+_DOT_INSTRUCTION = _dot_instruction()
+# Weights are made unsigned for it by adding 128, so the sums come out too large by 128 times the sum of x.
+DOT_OFFSET = 128 if _DOT_INSTRUCTION else 0
+
+
+def _emit_dot_bytes(builder: Any, weight: Any, x: Any, total: Any) -> Any:
+    """Two <64 x i8> -> total <16 x i32> plus products in fours; `weight` as `_emit_weight_bytes` gives it."""
+    if _DOT_INSTRUCTION == "llvm.x86.avx512.vpdpbusd.512":
+        return call_llvm(
+            builder, _DOT_INSTRUCTION, INTS, total, builder.bitcast(weight, INTS), builder.bitcast(x, INTS)
+        )
+    if _DOT_INSTRUCTION is not None:
+        half = ir.VectorType(ir.IntType(32), LANES // 2)
+        parts = []
+        for first in (0, LANES // 2):
+            index = ir.Constant(half, list(range(first, first + LANES // 2)))
+            operands = [builder.bitcast(one, INTS) for one in (weight, x)]
+            lanes = [builder.shuffle_vector(one, one, index) for one in (total, *operands)]
+            parts.append(call_llvm(builder, _DOT_INSTRUCTION, half, *lanes))
+        return builder.shuffle_vector(*parts, ir.Constant(INTS, list(range(LANES))))
+    wide = ir.VectorType(ir.IntType(16), 4 * LANES)
+    products = builder.mul(builder.sext(weight, wide), builder.sext(x, wide))  # at most 128 * 127: fits 16 bits
+    pair = ir.VectorType(ir.IntType(32), 2 * LANES)
+    for vector, kind in ((pair, 2 * LANES), (INTS, LANES)):
+        even, odd = (
+            builder.shuffle_vector(products, products, ir.Constant(ir.VectorType(ir.IntType(32), kind), index))
+            for index in (list(range(0, 2 * kind, 2)), list(range(1, 2 * kind, 2)))
+        )
+        if vector is pair:
+            even, odd = builder.sext(even, pair), builder.sext(odd, pair)
+        products = builder.add(even, odd)
+    return builder.add(total, products)
+
+
+def _emit_load_bytes(builder: Any, address: Any) -> Any:
+    return builder.load(pointer(builder, address, BYTES), align=1)
+
+
+def _emit_weight_bytes(builder: Any, address: Any) -> Any:
+    weight = _emit_load_bytes(builder, address)
+    return builder.xor(weight, ir.Constant(BYTES, [-128] * 4 * LANES)) if DOT_OFFSET else weight
+
+
+def dot_bytes(rows: int, columns: int) -> Any:
+    """Intrinsic: `rows` int8 weight rows times `columns` int8 rows of x -> int32 at `out` + 64 * column + 4 * row.
+
+    Arguments: weight, x, length of a row (whole cache lines), starts, out. `starts`: for each row of x 16 int32 whose
+    sum the result begins with: `DOT_OFFSET` times the sum of the row, negative, and zeros.
+    """
+
+    @operation(types.void, types.int64, types.int64, types.int64, types.int64, types.int64)
+    def emit(builder: Any, weight: Any, x: Any, length: Any, starts: Any, out: Any) -> Any:
+        int64 = ir.IntType(64)
+        weights = [builder.add(weight, builder.mul(length, int64(r))) for r in range(rows)]
+        vectors = [builder.add(x, builder.mul(length, int64(c))) for c in range(columns)]
+        first = [
+            builder.load(pointer(builder, builder.add(starts, int64(64 * c)), INTS), align=4) for c in range(columns)
+        ]
+        ahead = int64(_AHEAD)
+        sums = [[cgutils.alloca_once_value(builder, start) for start in first] for _ in weights]
+        with cgutils.for_range(builder, builder.udiv(length, int64(CACHE_LINE))) as loop:
+            line = builder.mul(loop.index, int64(CACHE_LINE))
+            for start in weights:
+                emit_prefetch(builder, builder.add(builder.add(start, line), ahead))
+            values = [_emit_load_bytes(builder, builder.add(vector, line)) for vector in vectors]
+            for start, totals in zip(weights, sums, strict=True):
+                row = _emit_weight_bytes(builder, builder.add(start, line))
+                for value, total in zip(values, totals, strict=True):
+                    builder.store(_emit_dot_bytes(builder, row, value, builder.load(total)), total)
+        for r, totals in enumerate(sums):
+            for c, total in enumerate(totals):
+                value = call_llvm(builder, "llvm.vector.reduce.add.v16i32", ir.IntType(32), builder.load(total))
+                builder.store(value, pointer(builder, builder.add(out, int64(64 * c + 4 * r)), ir.IntType(32)))
+
+    return emit
+
+
+@inlined
+def pack(x: int, rows: int, pitch: int, zeros: int, packed: int) -> None:
+    """x [rows <= 16, pitch bytes] -> its groups of 4 bytes [pitch / 4, 16 rows], rows past the end zero.
+
+    `zeros`: 64 of them. That is how AMX wants its second operand, for pairs of bfloat16 and for fours of int8.
+    """
+    for group in range(0, pitch // 4, TILE):
+        transpose(x + 4 * group, pitch, rows, zeros, packed + 64 * group)
+
+
+def sum_stripe(tile_dot: Callable[[int, int, int], Any]) -> Any:
+    """A helper: 32 weight rows times 16 packed rows of x, or twice 16 -> [left and right, 32 weight rows, 16] at sums.
+
+    Arguments: weight, left, right (0: none), bytes of a weight row (a multiple of 64), sums (of 4 bytes).
+    """
+    zero_0, zero_1, zero_2, zero_3 = (tile_zero(i) for i in range(4))
+    store_0, store_1, store_2, store_3 = (tile_store(i) for i in range(4))
+    load_upper, load_lower, load_left, load_right = (tile_load(i) for i in range(4, 8))
+    dot_upper_left, dot_lower_left = tile_dot(0, 4, 6), tile_dot(1, 5, 6)
+    dot_upper_right, dot_lower_right = tile_dot(2, 4, 7), tile_dot(3, 5, 7)
+
+    @inlined
+    def multiply(weight: int, left: int, right: int, pitch: int, sums: int) -> None:
+        zero_0()
+        zero_1()
+        zero_2()
+        zero_3()
+        for k in range(0, pitch, 64):
+            load_left(left + 16 * k, 64)
+            load_upper(weight + k, pitch)
+            dot_upper_left()
+            load_lower(weight + TILE * pitch + k, pitch)
+            dot_lower_left()
+            if right != 0:
+                load_right(right + 16 * k, 64)
+                dot_upper_right()
+                dot_lower_right()
+        store_0(sums, 64)
+        store_1(sums + 1024, 64)
+        if right != 0:
+            store_2(sums + 2048, 64)
+            store_3(sums + 3072, 64)
+
+    return multiply
+
+
+sum_stripe_bf16, sum_stripe_int8 = sum_stripe(tile_dot_bf16), sum_stripe(tile_dot_int8)

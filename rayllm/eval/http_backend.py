@@ -1,0 +1,188 @@
+"""An endpoint that speaks OpenAI's HTTP API.
+
+Of rayllm's own endpoints tokens and exact log-probabilities are asked for, from the continuation on, so that what comes
+before it is found in the server's prefix cache. Other servers are asked to echo a prompt with log-probabilities; what
+begins at the continuation's first character or later is the continuation.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import httpx
+
+from rayllm.core.errors import ConfigError, EngineUnavailableError, RayLLMError
+from rayllm.eval.backend import OnResponse, Usage
+from rayllm.eval.scoring import Span, SpanMaker, add_up
+from rayllm.eval.task import Generate, Generated, Likelihood, Loglikelihood, Request, Response, RollingLoglikelihood
+
+_CONCURRENCY = 32
+_MAX_TRIES = 8
+_TIMEOUT = httpx.Timeout(30.0, read=600.0)
+
+
+class HttpBackend:
+    """Raises EngineUnavailableError where nobody answers at the URL, RayLLMError for what is no such endpoint."""
+
+    def __init__(self, url: str) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"--url: {url!r} begins with neither http:// nor https://")
+        self._url = url.rstrip("/").removesuffix("/v1")
+        limits = httpx.Limits(max_connections=_CONCURRENCY)
+        self._client = httpx.Client(base_url=self._url, timeout=_TIMEOUT, limits=limits)
+        try:
+            served = self._send("GET", "/v1/models")["data"][0]
+            self.model = str(served["id"])
+        except (LookupError, TypeError):
+            raise RayLLMError(f"{url}: lists no models; is this an OpenAI-compatible server?") from None
+        self.weight_version: str | None = served.get("system_fingerprint")
+        self._lock = threading.Lock()  # for the counters
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._spans: SpanMaker | None = None
+        if served.get("owned_by") == "rayllm":
+            self._tokenizer = _RemoteTokenizer(self, served)
+            # The last token of a continuation is sent too, and the server adds one of its own.
+            self._spans = SpanMaker(self._tokenizer, int(served["max_model_len"]) - 2)
+
+    @property
+    def usage(self) -> Usage | None:
+        if self._spans is None:
+            return None
+        return Usage(prompt_tokens=self._prompt_tokens, cached_tokens=self._cached_tokens)
+
+    def run(self, requests: Sequence[Request], seeds: Sequence[int], on_response: OnResponse) -> None:
+        with ThreadPoolExecutor(_CONCURRENCY) as pool:
+            spans = {
+                index: self._spans.spans(request)
+                for index, request in enumerate(requests)
+                if self._spans is not None and not isinstance(request, Generate)
+            }
+            futures = {
+                pool.submit(self._answer, request, seed, spans.get(index)): index
+                for index, (request, seed) in enumerate(zip(requests, seeds, strict=True))
+            }
+            try:
+                for future in as_completed(futures):
+                    on_response(futures[future], future.result())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Tries again while the server says that it is busy."""
+        return self._send("POST", path, {"model": self.model, **body})
+
+    def _answer(self, request: Request, seed: int, spans: Sequence[Span] | None) -> Response:
+        if isinstance(request, Generate):
+            return self._generate(request, seed)
+        if spans is not None:
+            return add_up([self._score(span) for span in spans])
+        if isinstance(request, RollingLoglikelihood):
+            raise ConfigError(f"{self._url}: the perplexity of a text needs a model here or an endpoint of rayllm's")
+        return self._score_echo(request)
+
+    def _score(self, span: Span) -> Likelihood:
+        choice = self._complete(
+            {
+                "prompt": [*span.context, *span.targets],
+                "max_tokens": 1,
+                "temperature": 0,
+                "prompt_logprobs": 0,
+                "prompt_logprobs_start": len(span.context),
+            }
+        )[0]
+        scored = choice["prompt_logprobs"][len(span.context) :]
+        return add_up(
+            [
+                Likelihood(logprob=position["logprob"], num_tokens=1, is_greedy=position["rank"] == 1)
+                for position in scored
+            ]
+        )
+
+    def _score_echo(self, request: Loglikelihood) -> Likelihood:
+        context = request.context.rstrip()
+        body = {"prompt": request.context + request.continuation, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        logprobs = self._complete({**body, "echo": True})[0].get("logprobs")
+        if not logprobs:
+            raise RayLLMError(f"{self._url}: gives no log-probabilities of a prompt (echo with logprobs)")
+        end = len(request.context) + len(request.continuation)
+        parts = []
+        rows = zip(logprobs["text_offset"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+        for offset, logprob, top in rows:
+            if logprob is not None and len(context) <= offset < end:
+                parts.append(Likelihood(logprob=logprob, num_tokens=1, is_greedy=logprob >= max(top.values())))
+        if not parts:
+            raise RayLLMError(f"{self._url}: gives no log-probabilities of the end of a prompt (echo with logprobs)")
+        return add_up(parts)
+
+    def _generate(self, request: Generate, seed: int) -> Generated:
+        sampling = {
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "n": request.n,
+            "seed": seed,
+            **({"stop": list(request.until)} if request.until else {}),
+        }
+        if isinstance(request.prompt, str):
+            choices = self._complete({"prompt": request.prompt + request.prefix, **sampling})
+            return Generated(texts=tuple(choice["text"] for choice in choices))
+        messages = [{"role": role, "content": content} for role, content in request.prompt]
+        if not request.prefix:
+            choices = self._choices(self.post("/v1/chat/completions", {"messages": messages, **sampling}))
+            return Generated(texts=tuple(choice["message"]["content"] for choice in choices))
+        if self._spans is None:
+            raise ConfigError(f"{self._url}: beginning a model's turn for it needs an endpoint of rayllm's")
+        prompt = self.post("/tokenize", {"messages": messages})["tokens"]
+        prompt += self._tokenizer.encode(request.prefix, add_special_tokens=False)
+        return Generated(texts=tuple(choice["text"] for choice in self._complete({"prompt": prompt, **sampling})))
+
+    def _complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._choices(self.post("/v1/completions", body))
+
+    def _choices(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        usage = answer.get("usage") or {}
+        with self._lock:
+            self._prompt_tokens += usage.get("prompt_tokens", 0)
+            self._cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        return sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        for attempt in range(_MAX_TRIES):
+            try:
+                response = self._client.request(method, path, json=body)
+            except httpx.HTTPError as error:
+                raise EngineUnavailableError(f"{self._url}: {str(error) or type(error).__name__}") from None
+            if response.status_code not in (429, 503):
+                break
+            time.sleep(min(float(response.headers.get("retry-after", 1)), 30.0) * (attempt + 1))
+        if response.status_code >= 400:
+            raise RayLLMError(f"{self._url}{path} answered {response.status_code}: {response.text[:300]}")
+        try:
+            answer: dict[str, Any] = response.json()
+        except ValueError:
+            raise RayLLMError(f"{self._url}{path}: the answer is not JSON") from None
+        return answer
+
+
+class _RemoteTokenizer:
+    """A rayllm endpoint's tokenizer, which leaves special tokens in what it decodes."""
+
+    def __init__(self, backend: HttpBackend, served: dict[str, Any]) -> None:
+        self._backend = backend
+        self.bos_token_id: int | None = served["bos_token_id"]
+        self.eos_token_id: int | None = served["eos_token_id"]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        body = {"prompt": text, "add_special_tokens": add_special_tokens}
+        tokens: list[int] = self._backend.post("/tokenize", body)["tokens"]
+        return tokens
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        body = {"tokens": list(token_ids)}
+        return str(self._backend.post("/detokenize", body)["prompt"])

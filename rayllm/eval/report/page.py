@@ -1,0 +1,186 @@
+"""One HTML page that compares runs: it needs no other file and no network."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rayllm.eval.report.runs import Row, Run, read_runs, task_names
+from rayllm.eval.report.statistics import Calibration, Difference, calibration, changed, paired_difference
+
+MAX_CHANGED = 40  # samples shown for a task and a pair of runs
+MAX_CHARS = 3000  # of one text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    value: float
+    stderr: float | None
+    num_documents: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One metric in every run, and each run's difference from the first."""
+
+    metric: str
+    figures: Sequence[Figure | None]
+    differences: Sequence[Difference | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    name: str
+    metric: str
+    before: float
+    after: float
+    target: str
+    answers: tuple[str, str]
+    prompt: str
+    texts: tuple[str, str] | None  # None: choices
+    choices: Sequence[tuple[str, float, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """`samples`: the first of the `num_worse` + `num_better` documents whose score is another than the first run's."""
+
+    run: Run
+    num_worse: int
+    num_better: int
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    task: str
+    version: str
+    notes: Sequence[str]
+    lines: Sequence[Line]
+    bar_metric: str
+    bars: Mapping[str, Sequence[Figure | None]]  # by part of the task
+    bar_end: float
+    calibrations: Sequence[Calibration | None]
+    changes: Sequence[Changes]
+
+
+def write_report(directories: Sequence[Path], path: Path) -> None:
+    """Raises ConfigError or DataError for folders that hold no finished runs."""
+    html = render(read_runs(directories))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html, encoding="utf-8")
+
+
+def render(runs: Sequence[Run]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("rayllm.eval.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(figure=_figure, signed=_signed, error=_error)
+    sections = [_section(task, runs) for task in task_names(runs)]
+    return environment.get_template("page.html.j2").render(runs=runs, sections=sections)
+
+
+def _section(task: str, runs: Sequence[Run]) -> Section:
+    results = [run.tasks.get(task) for run in runs]
+    present = [result for result in results if result is not None]
+    metrics = list(dict.fromkeys(chain.from_iterable(result["metrics"] for result in present)))
+    parts = list(dict.fromkeys(chain.from_iterable(result["groups"] for result in present)))
+    bars = {part: [_of(result and result["groups"].get(part), metrics[0]) for result in results] for part in parts}
+    values = [figure.value for figure in chain.from_iterable(bars.values()) if figure is not None]
+    rows = [list(run.rows(task).values()) for run in runs]
+    return Section(
+        task=task,
+        version=present[0]["version"],
+        notes=_notes(runs, task),
+        lines=[_line(task, metric, runs, results) for metric in metrics],
+        bar_metric=metrics[0],
+        bars=bars,
+        bar_end=1.0 if max(values, default=0.0) <= 1 else max(values),
+        calibrations=[calibration(each) for each in rows],
+        changes=[_changes(task, metrics[0], runs[0], run) for run in runs[1:] if task in run.tasks],
+    )
+
+
+def _notes(runs: Sequence[Run], task: str) -> list[str]:
+    """What makes figures of a section hard to compare, or how they came about."""
+    results = {run.letter: run.tasks[task] for run in runs if task in run.tasks}
+    notes = []
+    for what, name in (("version", "Task version"), ("num_fewshot", "Shots"), ("num_documents", "Documents")):
+        if len({str(result[what]) for result in results.values()}) > 1:
+            each = ", ".join(f"{letter} {result[what]}" for letter, result in results.items())
+            notes.append(f"{name} differ: {each}. Only the paired differences compare like with like.")
+    for key in dict.fromkeys(chain.from_iterable(result.get("environment", {}) for result in results.values())):
+        each = ", ".join(
+            f"{letter} {result.get('environment', {}).get(key, '?')}" for letter, result in results.items()
+        )
+        notes.append(f"{key.capitalize()}: {each}.")
+    return notes
+
+
+def _line(task: str, metric: str, runs: Sequence[Run], results: Sequence[Mapping[str, Any] | None]) -> Line:
+    return Line(
+        metric=metric,
+        figures=[_of(result, metric) for result in results],
+        differences=[None, *(paired_difference(runs[0].rows(task), run.rows(task), metric) for run in runs[1:])],
+    )
+
+
+def _of(part: Mapping[str, Any] | None, metric: str) -> Figure | None:
+    if part is None or metric not in part["metrics"]:
+        return None
+    found = part["metrics"][metric]
+    return Figure(value=found["value"], stderr=found["stderr"], num_documents=part["num_documents"])
+
+
+def _changes(task: str, metric: str, first: Run, other: Run) -> Changes:
+    pairs = changed(first.rows(task), other.rows(task), metric)
+    samples = [_sample(old, new, metric) for old, new in pairs]
+    worse = [sample for sample in samples if sample.after < sample.before]
+    better = [sample for sample in samples if sample.after > sample.before]
+    shown = [*worse[: MAX_CHANGED // 2], *better[: MAX_CHANGED // 2]]
+    return Changes(run=other, num_worse=len(worse), num_better=len(better), samples=shown)
+
+
+def _sample(old: Row, new: Row, metric: str) -> Sample:
+    responses = list(zip(old["responses"], new["responses"], strict=False))
+    generated = bool(responses) and responses[0][0]["text"] is not None
+    subject = f"{old['subject']} " if old["subject"] else ""
+    return Sample(
+        name=f"{subject}{old['index']}",
+        metric=metric,
+        before=dict(old["scores"]).get(metric, 0.0),
+        after=dict(new["scores"]).get(metric, 0.0),
+        target=_shortened(old["target"]),
+        answers=(_shortened(old["extracted"] or ""), _shortened(new["extracted"] or "")),
+        prompt=_shortened(responses[0][0]["prompt"] if responses else "", end=True),
+        texts=(_shortened(responses[0][0]["text"]), _shortened(responses[0][1]["text"] or "")) if generated else None,
+        choices=[] if generated else [(a["continuation"], a["logprob"], b["logprob"]) for a, b in responses],
+    )
+
+
+def _shortened(text: str, *, end: bool = False) -> str:
+    """The end of a prompt is the question; the beginning of an answer is the answer."""
+    if len(text) <= MAX_CHARS:
+        return text
+    return f"[...] {text[-MAX_CHARS:]}" if end else f"{text[:MAX_CHARS]} [...]"
+
+
+def _figure(value: float) -> str:
+    """Shares in percent with two decimals would hide nothing; other figures with four significant digits."""
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}" if abs(value) < 10 else f"{value:+.5g}"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"± {_figure(value)}"

@@ -1,0 +1,68 @@
+"""The runs that a report compares, as `rayllm eval --output` left them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from rayllm.core.errors import ConfigError
+from rayllm.eval.samples import SampleStore
+
+Row = dict[str, Any]
+Key = tuple[str, int]  # subject and index of a document
+MAX_RUNS = 6  # as many colours as can be told apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """`letter` names it in the report."""
+
+    letter: str
+    directory: Path
+    info: Mapping[str, Any]  # of results.json
+    tasks: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.letter}: {self.info['model']}"
+
+    @cached_property
+    def _rows(self) -> dict[str, dict[Key, Row]]:
+        return {}
+
+    def rows(self, task: str) -> Mapping[Key, Row]:
+        """By document; empty where the run has not done the task."""
+        if task not in self._rows:
+            rows = SampleStore(self.directory, task).rows() if task in self.tasks else ()
+            self._rows[task] = {(row["subject"], row["index"]): row for row in rows}
+        return self._rows[task]
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """ConfigError for a folder that holds no finished run, and for more runs than a page can show."""
+    if not directories:
+        raise ConfigError("name the folders of one or more runs")
+    if len(directories) > MAX_RUNS:
+        raise ConfigError(f"{len(directories)} runs are too many to compare on one page; name at most {MAX_RUNS}")
+    return [_read(letter, directory) for letter, directory in zip(ascii_uppercase, directories, strict=False)]
+
+
+def _read(letter: str, directory: Path) -> Run:
+    path = directory / "results.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{directory}: holds no results.json; give the --output folder of a run of `rayllm eval` that has finished"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Run(letter=letter, directory=directory, info=content, tasks=content["tasks"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is not what `rayllm eval` writes") from error
+
+
+def task_names(runs: Sequence[Run]) -> list[str]:
+    """Of all runs, in the order in which they come up."""
+    return list(dict.fromkeys(name for run in runs for name in run.tasks))

@@ -1,0 +1,227 @@
+"""One task from documents to metrics: prompts, responses, scores, rows.
+
+What is scored already, in the folder of the run, is not run again. Answers are scored in threads while the engine goes
+on with the rest.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayllm.core.errors import ConfigError
+from rayllm.eval.backend import Backend
+from rayllm.eval.data import Data
+from rayllm.eval.record import RunInfo, make_row, score_of
+from rayllm.eval.samples import SampleStore
+from rayllm.eval.task import Document, Metric, Request, Response, Score, Scored, ShotOrder, Task, choose_shots
+
+# Of one call of the backend: bounds what is held in memory; each call ends with the engine running empty.
+_REQUESTS_PER_CALL = 8192
+
+# (what is done, how many steps) -> a context in which each call reports some of them as done
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+_Key = tuple[str, int]  # subject and index of a document
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSettings:
+    """`limit`: the first documents of each subject. `num_fewshot` None: what the task says."""
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    allow_code_execution: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskResult:
+    task: str
+    version: str
+    num_fewshot: int
+    num_documents: int
+    num_resumed: int  # of them scored by an earlier run in the same folder
+    metrics: Sequence[Metric]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        groups: dict[str, dict[str, Any]] = {}
+        for metric in self.metrics:
+            group = groups.setdefault(metric.group, {"num_documents": metric.num_documents, "metrics": {}})
+            group["metrics"][metric.name] = {"value": metric.value, "stderr": metric.stderr}
+        return {
+            "version": self.version,
+            "num_fewshot": self.num_fewshot,
+            "num_resumed": self.num_resumed,
+            "environment": dict(self.environment),
+            **groups.pop("", {"num_documents": self.num_documents, "metrics": {}}),
+            "groups": groups,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Item:
+    document: Document
+    requests: Sequence[Request]
+    seed: int
+
+
+def check_permission(task: Task, settings: EvalSettings) -> None:
+    """Raises ConfigError for a task that runs what the model writes, unless that is allowed."""
+    if task.runs_code and not settings.allow_code_execution:
+        raise ConfigError(
+            f"{task.name} runs programs that the model writes; allow it with --allow-code-execution, on a machine "
+            "where that does no harm"
+        )
+
+
+def run_task(
+    task: Task,
+    backend: Backend,
+    data: Data,
+    settings: EvalSettings,
+    *,
+    output: Path | None = None,
+    progress: Progress,
+) -> TaskResult:
+    """Raises DataError for data that is missing, ConfigError for what cannot be run."""
+    check_permission(task, settings)
+    documents = _first_of_each_subject(task.documents(data), settings.limit)
+    num_fewshot = task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
+    items = _items(task, documents, data, num_fewshot, settings.seed)
+    store = SampleStore(output, task.name)
+    scores = _scores_so_far(store, task, documents)
+    missing = [item for item in items if _key(item.document) not in scores]
+    info = RunInfo(
+        model=backend.model, weight_version=backend.weight_version, num_fewshot=num_fewshot, seed=settings.seed
+    )
+    num_resumed = len(items) - len(missing)
+    with progress(task.name, len(items)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+        advance(num_resumed)
+
+        def keep(item: _Item, responses: Sequence[Response], score: Score) -> None:
+            store.add(make_row(task, item.document, item.requests, responses, score, info))
+            scores[_key(item.document)] = score
+            advance(1)
+
+        try:
+            for batch in _batches(missing):
+                scorer = _Scorer(task, batch, pool, keep)
+                seeds = [item.seed for item in batch for _ in item.requests]
+                backend.run([request for item in batch for request in item.requests], seeds, scorer.take)
+                scorer.finish()
+        finally:
+            store.flush()
+    scored: list[Scored] = [(document, scores[_key(document)]) for document in documents]
+    return TaskResult(
+        task=task.name,
+        version=task.version,
+        num_fewshot=num_fewshot,
+        num_documents=len(documents),
+        num_resumed=num_resumed,
+        metrics=task.aggregate(scored),
+        environment=task.environment(),
+    )
+
+
+class _Scorer:
+    """Puts the responses of each document together and has it scored; `keep` hears of each, in this thread."""
+
+    def __init__(
+        self,
+        task: Task,
+        items: Sequence[_Item],
+        pool: ThreadPoolExecutor,
+        keep: Callable[[_Item, Sequence[Response], Score], None],
+    ) -> None:
+        self._task = task
+        self._items = items
+        self._pool = pool
+        self._keep = keep
+        self._owners = [(i, j) for i, item in enumerate(items) for j in range(len(item.requests))]
+        self._responses: list[dict[int, Response]] = [{} for _ in items]
+        self._pending: deque[tuple[_Item, Sequence[Response], Future[Score]]] = deque()
+
+    def take(self, index: int, response: Response) -> None:
+        owner, place = self._owners[index]
+        item, responses = self._items[owner], self._responses[owner]
+        responses[place] = response
+        if len(responses) == len(item.requests):
+            ordered = [responses[place] for place in range(len(responses))]
+            responses.clear()
+            self._pending.append((item, ordered, self._pool.submit(self._task.score, item.document, ordered)))
+        while self._pending and self._pending[0][2].done():
+            self._hand_on()
+
+    def finish(self) -> None:
+        while self._pending:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        item, responses, score = self._pending.popleft()
+        self._keep(item, responses, score.result())
+
+
+def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: int, seed: int) -> list[_Item]:
+    pool: Mapping[str, Sequence[Document]] = task.shots(data) if num_fewshot else {}
+    spare = 1 if task.shot_order is ShotOrder.RANDOM_OTHERS else 0
+    for subject in sorted({document.subject for document in documents} if num_fewshot else ()):
+        available = max(0, len(pool.get(subject, ())) - spare)
+        if available < num_fewshot:
+            of_what = f" of {subject}" if subject else ""
+            raise ConfigError(f"{task.name}: {num_fewshot} shots are asked for, but there are {available}{of_what}")
+    shots = choose_shots(documents, pool, num_fewshot, task.shot_order)
+    return [
+        _Item(
+            document=document,
+            requests=task.requests(document, task.prompt(document, chosen)),
+            seed=_document_seed(seed, task.name, document),
+        )
+        for document, chosen in zip(documents, shots, strict=True)
+    ]
+
+
+def _scores_so_far(store: SampleStore, task: Task, documents: Sequence[Document]) -> dict[_Key, Score]:
+    """Raises ConfigError where the rows are not of this task as it is now and of these documents."""
+    scores: dict[_Key, Score] = {}
+    targets = {_key(document): task.target(document) for document in documents}
+    for row in store.rows():
+        key = (row["subject"], row["index"])
+        if row["task_version"] != task.version or row["target"] != targets.get(key, row["target"]):
+            raise ConfigError(
+                f"the output folder holds samples of {task.name} that another version of it, or other data, has given; "
+                "choose another --output"
+            )
+        scores[key] = score_of(row)
+    return scores
+
+
+def _document_seed(seed: int, task: str, document: Document) -> int:
+    """Of a document's own, so that its samples do not depend on which others are run."""
+    text = f"{seed}/{task}/{document.subject}/{document.index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def _first_of_each_subject(documents: Sequence[Document], limit: int | None) -> list[Document]:
+    return [document for document in documents if limit is None or document.index < limit]
+
+
+def _batches(items: Sequence[_Item]) -> list[list[_Item]]:
+    batches: list[list[_Item]] = []
+    room = 0
+    for item in items:
+        if len(item.requests) > room:
+            batches.append([])
+            room = _REQUESTS_PER_CALL
+        batches[-1].append(item)
+        room -= len(item.requests)
+    return batches
+
+
+def _key(document: Document) -> _Key:
+    return document.subject, document.index

@@ -1,0 +1,98 @@
+"""The rows of a run on disk: Parquet shards that are complete or not there, so that a killed run goes on.
+
+DIR/run.json                      what the rows have in common; a folder holds one run
+DIR/samples/TASK/00000.parquet    rows in the order in which they were done
+DIR/results.json                  the metrics of each task that is done
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayllm.core.errors import ConfigError, DataError
+from rayllm.eval.record import SCHEMA
+
+# A shard is written when it has so many rows or is so old: what a killed run may lose.
+_SHARD_ROWS = 256
+_SHARD_SECONDS = 10.0
+
+
+class SampleStore:
+    """`directory` None: rows are dropped. Not thread-safe."""
+
+    def __init__(self, directory: Path | None, task: str) -> None:
+        self._directory = None if directory is None else directory / "samples" / task
+        self._rows: list[dict[str, Any]] = []
+        self._written = time.monotonic()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Those that earlier runs have written."""
+        if self._directory is not None:
+            for path in self._shards():
+                yield from _read(path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _SHARD_ROWS or time.monotonic() - self._written >= _SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._written = time.monotonic()
+        if self._directory is None or not self._rows:
+            self._rows.clear()
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"{len(self._shards()):05d}.parquet"
+        unfinished = path.with_suffix(".tmp")
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), unfinished, compression="zstd")
+        os.replace(unfinished, path)
+        self._rows.clear()
+
+    def _shards(self) -> list[Path]:
+        assert self._directory is not None
+        return sorted(self._directory.glob("*.parquet"))
+
+
+def claim(directory: Path, run: Mapping[str, Any]) -> None:
+    """Makes the folder that of this run. ConfigError if it holds another, and says in what they differ."""
+    path = directory / "run.json"
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{name}: {earlier.get(name)!r} there, {value!r} here"
+            for name, value in run.items()
+            if earlier.get(name) != value
+        ]
+        if differing:
+            raise ConfigError(f"{directory}: holds another run ({'; '.join(differing)}); choose another --output")
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(path, run)
+
+
+def write_results(directory: Path, report: Mapping[str, Any]) -> None:
+    """Adds this run's tasks to those that the folder has results of already."""
+    path = directory / "results.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
+    _write_json(path, {**report, "tasks": {**earlier, **report["tasks"]}})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(pq.read_table(path).to_pylist())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to run its part again"
+        ) from error

@@ -1,0 +1,69 @@
+"""What all tasks with given choices share: each choice is scored as a continuation, the likeliest one is the answer."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from rayllm.eval.task import (
+    TARGET_DELIMITER,
+    Document,
+    Likelihood,
+    Loglikelihood,
+    Request,
+    Response,
+    Score,
+    Task,
+)
+
+LETTERS = ("A", "B", "C", "D")
+
+
+class MultipleChoice(Task):
+    """`acc`: the likeliest choice is the right one. `acc_norm`: the same, by log-likelihood over a choice's length in
+    characters. Of equally likely choices the first is taken."""
+
+    metrics: tuple[str, ...] = ("acc", "acc_norm")
+
+    @abstractmethod
+    def choices(self, document: Document) -> Sequence[str]: ...
+
+    @abstractmethod
+    def gold(self, document: Document) -> int:
+        """The index of the right choice."""
+
+    def target(self, document: Document) -> str:
+        return self.choices(document)[self.gold(document)]
+
+    def requests(self, document: Document, prompt: str) -> Sequence[Request]:
+        return [
+            Loglikelihood(context=prompt, continuation=TARGET_DELIMITER + choice) for choice in self.choices(document)
+        ]
+
+    def score(self, document: Document, responses: Sequence[Response]) -> Score:
+        choices = self.choices(document)
+        logprobs = [_logprob(response) for response in responses]
+        best = _first_best(logprobs)
+        best_by_length = _first_best([logprob / len(c) for logprob, c in zip(logprobs, choices, strict=True)])
+        values = {"acc": float(best == self.gold(document)), "acc_norm": float(best_by_length == self.gold(document))}
+        return Score(values={name: values[name] for name in self.metrics}, extracted=choices[best])
+
+    def reward(self, document: Document, text: str) -> float:
+        """1 where the text begins with the right choice, after white space."""
+        return float(text.strip().startswith(self.target(document)))
+
+
+class LetteredChoice(MultipleChoice):
+    """The choices are shown with letters, and the letters are what is scored."""
+
+    metrics: tuple[str, ...] = ("acc",)
+
+    def choices(self, document: Document) -> Sequence[str]:
+        return LETTERS
+
+
+def _logprob(response: Response) -> float:
+    assert isinstance(response, Likelihood)
+    return response.logprob
+
+
+def _first_best(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: values[i])

@@ -1,0 +1,252 @@
+"""A checkpoint -> the same model with int8 linear layers, as a Hugging Face directory in the compressed-tensors layout.
+
+Reads one parameter at a time, twice: once to look, once to convert. What it needs besides (statistics of activations)
+comes from `calibrate`, which needs the model itself. Letters: N outputs, K inputs.
+"""
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rayllm.core.errors import CheckpointError, ConfigError
+from rayllm.models.checkpoint import INDEX, WEIGHTS, Checkpoint
+from rayllm.models.decoder import Decoder
+from rayllm.models.quantization import OUTLIERS, OUTLIERS_FIELD, Scheme, write_quantization
+from rayllm.quant.calibrate import InputStatistics
+from rayllm.quant.int8_linear import linear_names
+from rayllm.quant.outliers import shared_columns
+from rayllm.quant.ranges import absmax_scale, clip_scale, relative_error, round_to_int8
+from rayllm.quant.smooth import Folds, smoothing
+from rayllm.quant.writer import ShardWriter, pack
+
+Outliers = Literal["none", "clip", "smooth", "mixed"]
+OUTLIERS_CHOICES: tuple[Outliers, ...] = get_args(Outliers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """`skip`: names of layers that stay as they are; shell patterns against the name or its last part."""
+
+    scheme: Scheme
+    outliers: Outliers = "none"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.outliers == "mixed" and self.scheme != "w8a8":
+            raise ConfigError(f"outliers: {self.outliers} is about int8 activations: {self.scheme} has none")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.outliers == "smooth"
+
+    def skips(self, layer: str) -> bool:
+        return any(fnmatch.fnmatch(name, one) for one in self.skip for name in (layer, layer.rpartition(".")[2]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerReport:
+    """`error` is relative, root mean square: of outputs where there was a calibration, else of weights.
+
+    `range` is the largest absolute weight, `kept_range` the largest that int8 can still hold.
+    """
+
+    name: str
+    error: float
+    range: float
+    kept_range: float
+    outlier_columns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    recipe: Recipe
+    bytes_before: int
+    bytes_after: int
+    calibration_tokens: int
+    layers: list[LayerReport] = field(default_factory=list)
+
+
+def quantized_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Raises ConfigError where the layout has no place for a layer, or `skip` names none."""
+    with torch.device("meta"):
+        layers = linear_names(Decoder(checkpoint.spec))
+    if checkpoint.int8:
+        raise ConfigError(f"{checkpoint.directory} is an int8 checkpoint already")
+    for one in recipe.skip:
+        if not any(Recipe(scheme=recipe.scheme, skip=(one,)).skips(layer) for layer in layers):
+            raise ConfigError(f"skip: {one!r} is no linear layer of this model; such as {layers[0]}, or lm_head")
+    chosen = [layer for layer in layers if not recipe.skips(layer)]
+    for layer in chosen:
+        source = checkpoint.source(f"{layer}.weight")
+        if source.transposed or source.parts > 1:
+            raise ConfigError(
+                f"{checkpoint.spec.family}: {source.name} is stored transposed, which the int8 layout cannot hold;"
+                " serve the model with --quantize instead"
+            )
+    if not chosen:
+        raise ConfigError("skip: leaves no layer to quantize")
+    return chosen
+
+
+def convert(
+    checkpoint: Checkpoint,
+    directory: Path,
+    recipe: Recipe,
+    *,
+    statistics: Mapping[str, InputStatistics] | None = None,
+    calibration_tokens: int = 0,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> Report:
+    """Fills the empty `directory`. `advance` counts the layers of `quantized_layers`, twice each.
+
+    Raises CheckpointError for a weight that is not finite.
+    """
+    layers = quantized_layers(checkpoint, recipe)
+    largest = {}
+    for layer in layers:
+        largest[layer] = _largest_weights(checkpoint, layer)
+        advance(1)
+    folds, columns = Folds(), dict[str, Tensor]()
+    if recipe.outliers == "smooth":
+        assert statistics is not None
+        folds = smoothing(
+            checkpoint.spec, recipe.scheme, statistics, lambda layer: _read(checkpoint, f"{layer}.weight")
+        )
+    elif recipe.outliers == "mixed":
+        seen = {layer: [statistics[layer].largest_K] if statistics else [] for layer in layers}
+        columns = shared_columns(checkpoint.spec, {layer: [*seen[layer], largest[layer]] for layer in layers})
+    writer = ShardWriter(directory)
+    reports = []
+    for name, tensor in _other_parameters(checkpoint, set(layers), folds):
+        writer.add(name, tensor)
+    for layer in layers:
+        energy_K = statistics[layer].energy_K if statistics else None
+        reports.append(_convert_layer(checkpoint, layer, recipe, folds, columns.get(layer), energy_K, writer))
+        advance(1)
+    writer.close()
+    _write_config(checkpoint, directory, recipe, layers)
+    _copy_others(checkpoint.directory, directory)
+    return Report(
+        recipe=recipe,
+        bytes_before=_weight_bytes(checkpoint.directory),
+        bytes_after=_weight_bytes(directory),
+        calibration_tokens=calibration_tokens,
+        layers=reports,
+    )
+
+
+def _convert_layer(
+    checkpoint: Checkpoint,
+    layer: str,
+    recipe: Recipe,
+    folds: Folds,
+    columns_J: Tensor | None,
+    energy_K: Tensor | None,
+    writer: ShardWriter,
+) -> LayerReport:
+    weight_NK = folds.apply(layer, _read(checkpoint, f"{layer}.weight"))
+    exact_NK = weight_NK.float()
+    if energy_K is not None and layer in folds.columns:
+        energy_K = energy_K / folds.columns[layer].square()
+    ranged_NK, judged_K = exact_NK, energy_K
+    if columns_J is not None:
+        ranged_NK = exact_NK.index_fill(1, columns_J.long(), 0)
+        judged_K = None if energy_K is None else energy_K.index_fill(0, columns_J.long(), 0)
+    scale_N1 = clip_scale(ranged_NK, judged_K) if recipe.outliers == "clip" else absmax_scale(ranged_NK)
+    q_NK = round_to_int8(exact_NK, scale_N1)
+    stored_NK = q_NK * scale_N1
+    stem = _stored_name(checkpoint, f"{layer}.weight").removesuffix(".weight")
+    if columns_J is not None:
+        kept_NJ = weight_NK[:, columns_J.long()].to(torch.bfloat16)
+        stored_NK[:, columns_J.long()] = kept_NJ.float()
+        writer.add_outlier(f"{stem}.outlier_columns", columns_J)
+        writer.add_outlier(f"{stem}.outlier_weight", kept_NJ)
+    if recipe.scheme == "w8a16":
+        writer.add(f"{stem}.weight_packed", pack(q_NK))
+        writer.add(f"{stem}.weight_shape", torch.tensor(q_NK.shape))
+    else:
+        writer.add(f"{stem}.weight", q_NK)
+    writer.add(f"{stem}.weight_scale", scale_N1)
+    return LayerReport(
+        name=layer,
+        error=relative_error(exact_NK, stored_NK, energy_K),
+        range=float(exact_NK.abs().max()),
+        kept_range=float(scale_N1.max()) * 127,
+        outlier_columns=0 if columns_J is None else len(columns_J),
+    )
+
+
+def _read(checkpoint: Checkpoint, parameter: str) -> Tensor:
+    whole = tuple(slice(0, size) for size in checkpoint.shape(parameter))
+    return checkpoint.read(parameter, whole)
+
+
+def _largest_weights(checkpoint: Checkpoint, layer: str) -> Tensor:
+    """-> [K], of each input."""
+    largest_K = _read(checkpoint, f"{layer}.weight").abs().amax(dim=0).float()
+    if not largest_K.isfinite().all():
+        source = checkpoint.source(f"{layer}.weight")
+        raise CheckpointError(checkpoint.directory, f"tensor {source.name} holds NaN or infinity")
+    return largest_K
+
+
+def _stored_name(checkpoint: Checkpoint, parameter: str) -> str:
+    """A tied head that becomes int8 gets a name of its own."""
+    return "lm_head.weight" if parameter == "lm_head.weight" else checkpoint.source(parameter).name
+
+
+def _stored_once(checkpoint: Checkpoint) -> Iterator[str]:
+    """Our name of each stored tensor that is a parameter."""
+    seen = set()
+    for name in checkpoint.parameters:
+        source = checkpoint.source(name)
+        if source not in seen:
+            seen.add(source)
+            yield name
+
+
+def _other_parameters(checkpoint: Checkpoint, layers: set[str], folds: Folds) -> Iterator[tuple[str, Tensor]]:
+    """What stays in its dtype, under its own name; biases of int8 layers among it."""
+    for name in _stored_once(checkpoint):
+        module, _, kind = name.rpartition(".")
+        if module not in layers or kind != "weight":
+            yield checkpoint.source(name).name, folds.apply(module, _read(checkpoint, name))
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def _write_config(checkpoint: Checkpoint, directory: Path, recipe: Recipe, layers: Sequence[str]) -> None:
+    with torch.device("meta"):
+        every = linear_names(Decoder(checkpoint.spec))
+    tied_head = checkpoint.spec.tie_word_embeddings and "lm_head" not in layers
+    ignore = [
+        "lm_head"
+        if tied_head and layer == "lm_head"
+        else _stored_name(checkpoint, f"{layer}.weight").removesuffix(".weight")
+        for layer in every
+        if layer not in layers
+    ]
+    config: dict[str, Any] = dict(checkpoint.config)
+    config["quantization_config"] = write_quantization(recipe.scheme, ignore=ignore)
+    if checkpoint.spec.tie_word_embeddings and "lm_head" in layers:
+        config["tie_word_embeddings"] = False
+    if recipe.outliers == "mixed":
+        config[OUTLIERS_FIELD] = OUTLIERS
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_others(source: Path, directory: Path) -> None:
+    """Tokenizer, templates, generation configuration, licence: all small files that are not weights."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name in (INDEX, WEIGHTS)
+        if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
+            shutil.copyfile(path, directory / path.name)

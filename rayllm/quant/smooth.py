@@ -1,0 +1,91 @@
+"""SmoothQuant (Xiao et al. 2022): move the spread of activations into the weights, where each output has its scale.
+
+A layer's input j is divided by s[j] and its weights for j are multiplied by it: the product stays what it was. Dividing
+costs nothing where the input comes out of something linear: a norm (its weight and bias), or, for the way down of a
+gated MLP, the rows of its way up. The s are powers of two, so that folding them rounds nothing in any float dtype.
+
+How much of the spread moves, the paper's alpha, is tried out on a sample of inputs for each set of layers that share
+them, as AWQ (Lin et al. 2023) does; so weights that meet large inputs get a finer grid in W8A16 too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rayllm.models.quantization import Scheme
+from rayllm.models.spec import DecoderSpec
+from rayllm.quant.calibrate import InputStatistics
+from rayllm.quant.ranges import absmax_scale, round_to_int8
+from rayllm_kernels import quantize_rows_reference
+
+ALPHAS = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """`columns`: layer -> factors of its inputs [K]. `rows`: module (norm or layer) -> divisors of its outputs [N]."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, module: str, parameter: Tensor) -> Tensor:
+        """What the parameter (a weight or bias) of `module` becomes, in its own dtype."""
+        if (rows_N := self.rows.get(module)) is not None:
+            parameter = parameter / (rows_N[:, None] if parameter.dim() == 2 else rows_N).to(parameter.dtype)
+        if (columns_K := self.columns.get(module)) is not None and parameter.dim() == 2:
+            parameter = parameter * columns_K.to(parameter.dtype)
+        return parameter
+
+
+def smoothing(
+    spec: DecoderSpec,
+    scheme: Scheme,
+    statistics: Mapping[str, InputStatistics],
+    read_weight: Callable[[str], Tensor],
+) -> Folds:
+    """`read_weight`: by layer name -> [N, K]."""
+    folds = Folds()
+    for layer in range(spec.num_layers):
+        block = f"layers.{layer}"
+        attention = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
+        gate = [f"{block}.mlp.gate_proj"] if spec.gated_mlp else []
+        up, down = f"{block}.mlp.up_proj", f"{block}.mlp.down_proj"
+        pairs = [(f"{block}.input_layernorm", attention), (f"{block}.post_attention_layernorm", [*gate, up])]
+        if spec.gated_mlp:
+            pairs.append((up, [down]))
+        for source, layers in pairs:
+            factors_K = _best_factors([read_weight(name).float() for name in layers], statistics[layers[0]], scheme)
+            folds.rows[source] = factors_K
+            folds.columns.update(dict.fromkeys(layers, factors_K))
+    return folds
+
+
+def _best_factors(weights: Sequence[Tensor], inputs: InputStatistics, scheme: Scheme) -> Tensor:
+    """-> [K], of the candidates the one with the least squared error of all outputs on the sample."""
+    weights_K = torch.stack([weight_NK.abs().amax(dim=0) for weight_NK in weights]).amax(dim=0)
+    candidates = [_factors(inputs.largest_K, weights_K, alpha) for alpha in ALPHAS]
+    errors = [_output_error(weights, inputs.sample_RK, factors_K, scheme) for factors_K in candidates]
+    return candidates[errors.index(min(errors))]
+
+
+def _factors(inputs_K: Tensor, weights_K: Tensor, alpha: float) -> Tensor:
+    if alpha == 0:
+        return torch.ones_like(inputs_K)
+    factors_K = torch.where((inputs_K > 0) & (weights_K > 0), inputs_K**alpha / weights_K ** (1 - alpha), 1.0)
+    return torch.exp2(factors_K.log2().round().clamp(-12, 12))
+
+
+def _output_error(weights: Sequence[Tensor], sample_RK: Tensor, factors_K: Tensor, scheme: Scheme) -> float:
+    x_RK = sample_RK / factors_K
+    if scheme == "w8a8":
+        q_RK, scale_R1 = quantize_rows_reference(x_RK)
+        x_RK = q_RK * scale_R1
+    error = 0.0
+    for weight_NK in weights:
+        moved_NK = weight_NK * factors_K
+        scale_N1 = absmax_scale(moved_NK)
+        stored_NK = round_to_int8(moved_NK, scale_N1) * scale_N1
+        error += float((x_RK @ stored_NK.T - sample_RK @ weight_NK.T).square().sum())
+    return error

@@ -1,0 +1,54 @@
+"""int8 products on a GPU against float64, every configuration that ships."""
+
+import pytest
+import torch
+
+from rayllm_kernels import quantize_rows, quantize_rows_reference, w8a8_linear, w8a16_linear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+SHAPES = [(1, 96, 576), (16, 4096, 4096), (33, 1056, 640), (64, 256, 1024), (200, 320, 1536), (1024, 4096, 4096)]
+
+
+@pytest.mark.parametrize(("rows", "outputs", "length"), SHAPES)
+@pytest.mark.parametrize("count", [0, 5, 40])
+@pytest.mark.parametrize("choice", [0, 1, 2])
+def test_w8a8(rows: int, outputs: int, length: int, count: int, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayllm_kernels.gpu import int8_linear as gpu
+
+    monkeypatch.setattr(
+        gpu,
+        "tiles_for",
+        lambda table, rows: next(tiles[min(choice, len(tiles) - 1)] for most, tiles in table.items() if rows <= most),
+    )
+    torch.manual_seed(rows)
+    x = torch.randn(rows, length, device="cuda").bfloat16()
+    weight = torch.randint(-127, 128, (outputs, length), dtype=torch.int8, device="cuda")
+    scale, bias = torch.rand(outputs, 1, device="cuda") / 100, torch.randn(outputs, device="cuda").bfloat16()
+    columns = torch.randperm(length, device="cuda")[:count].int()
+    outlier_weight = torch.randn(count, outputs, device="cuda").bfloat16().t()
+    x[:, columns.long()] *= 30
+    result = w8a8_linear(x, weight, scale, bias, outlier_columns_J=columns, outlier_weight_NJ=outlier_weight)
+    q, x_scale = quantize_rows_reference(x.index_fill(1, columns.long(), 0))
+    exact = (q.double() @ weight.double().T) * x_scale.double() * scale.double().T
+    exact += x[:, columns.long()].double() @ outlier_weight.double().T + bias.double()
+    torch.testing.assert_close(result.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "length"), SHAPES)
+def test_w8a16(rows: int, outputs: int, length: int) -> None:
+    x = torch.randn(rows, length, device="cuda").bfloat16()
+    weight = torch.randint(-127, 128, (outputs, length), dtype=torch.int8, device="cuda")
+    scale, bias = torch.rand(outputs, 1, device="cuda") / 100, torch.randn(outputs, device="cuda").bfloat16()
+    exact = (x.double() @ weight.double().T) * scale.double().T + bias.double()
+    result = w8a16_linear(x, weight, scale, bias)
+    torch.testing.assert_close(result.double(), exact, rtol=2**-8, atol=1e-3)
+    assert torch.equal(result, w8a16_linear(x, weight, scale, bias))
+
+
+def test_quantize_rows() -> None:
+    x = torch.randn(100, 4096, device="cuda").bfloat16()
+    q, scale = quantize_rows(x)
+    expected_q, expected_scale = quantize_rows_reference(x)
+    torch.testing.assert_close(scale, expected_scale, rtol=2**-22, atol=0)
+    assert (q.int() - expected_q.int()).abs().max() <= 1
+    assert (q != expected_q).float().mean() < 1e-3

@@ -1,0 +1,80 @@
+"""Against the logits held whole, in float64, and by gradcheck."""
+
+import sys
+
+import pytest
+import torch
+
+from rayllm_kernels import fused_linear_cross_entropy, fused_linear_cross_entropy_reference
+
+
+def inputs(tokens, size, vocabulary, dtype):
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, size, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, size, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    targets[1::3] = -100
+    return hidden, weight, targets
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(sys.modules["rayllm_kernels.fused_linear_cross_entropy"], "_CHUNK_LOGITS", 100)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("tokens", [1, 3, 8, 13])
+def test_gradcheck(tokens):
+    hidden, weight, targets = inputs(tokens, 5, 31, torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: fused_linear_cross_entropy(h, w, targets), (hidden, weight))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_as_exact_as_with_all_logits(dtype):
+    hidden, weight, targets = inputs(29, 40, 33, dtype)
+    exact_inputs = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    results = []
+    for function, leaves in (
+        (fused_linear_cross_entropy, (hidden, weight)),
+        (fused_linear_cross_entropy_reference, (hidden, weight)),
+        (fused_linear_cross_entropy_reference, exact_inputs),
+    ):
+        loss = function(*leaves, targets)
+        results.append([loss, *torch.autograd.grad(loss / 19, leaves)])
+    assert results[0][0].dtype == torch.float32
+    for ours, torchs, exact in zip(*results, strict=True):
+        scale = exact.abs().max()
+        allowed = 2 * (torchs.double() - exact).abs().max() + (1e-6 if dtype == torch.float32 else 2**-9) * scale
+        assert (ours.double() - exact).abs().max() <= allowed
+
+
+def test_only_what_is_asked_for_is_computed():
+    hidden, weight, targets = inputs(7, 8, 11, torch.float32)
+    loss = fused_linear_cross_entropy(hidden, weight.detach(), targets)
+    loss.backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        assert not fused_linear_cross_entropy(hidden, weight, targets).requires_grad
+
+
+def test_all_targets_ignored():
+    hidden, weight, targets = inputs(4, 8, 11, torch.float32)
+    loss = fused_linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.abs().sum() == weight.grad.abs().sum() == 0
+
+
+def test_shapes_that_do_not_fit():
+    hidden, weight, targets = inputs(4, 8, 11, torch.float32)
+    with pytest.raises(ValueError, match="expected hidden"):
+        fused_linear_cross_entropy(hidden, weight[:, :3], targets)
+    with pytest.raises(ValueError, match="one dtype"):
+        fused_linear_cross_entropy(hidden, weight.bfloat16(), targets)
+
+
+def test_operator_is_registered_as_torch_asks():
+    hidden, weight, targets = inputs(4, 8, 11, torch.float32)
+    operator = torch.ops.rayllm.fused_linear_cross_entropy.default
+    torch.library.opcheck(operator, (hidden, weight, targets, -100, True, True))

@@ -1,0 +1,150 @@
+"""`rayllm quantize` as its users meet it: a directory that serves, a report, or one line and nothing at all."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rayllm.cli.main import main
+from rayllm.core.config import CacheConfig
+from rayllm.core.errors import ConfigError
+from rayllm.core.types import SamplingParams
+from rayllm.engine.llm import LLM
+
+CACHE = CacheConfig(num_blocks=32)
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["rayllm", "quantize", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        output = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), output.out, output.err)
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.txt"
+    path.write_text("The quick brown fox. 빠른 갈색 여우. " * 40, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("scheme", "outliers"), [("w8a16", "none"), ("w8a8", "smooth"), ("w8a8", "mixed")])
+def test_the_directory_serves(
+    quantize: Callable[..., Result], tiny_model: Path, text: Path, tmp_path: Path, scheme: str, outliers: str
+) -> None:
+    out = tmp_path / "out"
+    result = quantize(
+        tiny_model,
+        out,
+        "--scheme",
+        scheme,
+        "--outliers",
+        outliers,
+        "--calibration",
+        text,
+        "--skip",
+        "lm_head",
+        "--json",
+    )
+    assert result.status == 0, result.err
+    report = json.loads(result.out)
+    linear_weights = 3 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80)
+    saved = report["bytes_before"] - report["bytes_after"]
+    assert 0.85 * 3 * linear_weights < saved < 3 * linear_weights  # float32 to int8, less scales and names
+    assert (report["scheme"], report["outliers"], report["skip"]) == (scheme, outliers, ["lm_head"])
+    assert 0 < report["mean_error"] <= report["worst_error"] < 0.03
+    assert len(report["layers"]) == 3 * 7
+    assert report["calibration_tokens"] > 100
+    assert json.loads((out / "quantization_report.json").read_text()).items() <= report.items()
+    assert (out / "weight_ranges.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in out.iterdir())
+    with LLM(str(out), cache=CACHE) as llm:
+        [answer] = llm.generate("The quick", GREEDY)
+        assert len(answer.outputs[0].token_ids) == 8
+
+
+def test_at_load_by_argument(tiny_model: Path, tmp_path: Path, quantize: Callable[..., Result]) -> None:
+    assert quantize(tiny_model, tmp_path / "out", "--scheme", "w8a8").status == 0
+    with (
+        LLM(str(tiny_model), quantize="w8a8", cache=CACHE) as at_load,
+        LLM(str(tmp_path / "out"), cache=CACHE) as stored,
+    ):
+        answers = [llm.generate("The quick brown", GREEDY)[0].outputs[0].token_ids for llm in (at_load, stored)]
+    assert answers[0] == answers[1]
+    with pytest.raises(ConfigError, match="is an int8 checkpoint already; leave the option out"):
+        LLM(str(tmp_path / "out"), quantize="w8a8", cache=CACHE)
+
+
+def test_a_person_gets_a_table(quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:
+    result = quantize(tiny_model, tmp_path / "out", "--outliers", "clip")
+    assert result.status == 0
+    for words in ("weights", "layers in int8", "22", "mean error of weights"):
+        assert words in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheme", "w8a8", "--outliers", "smooth"], "outliers: smooth needs --calibration FILE"),
+        (["--scheme", "w8a16", "--outliers", "mixed"], "outliers: mixed is about int8 activations: w8a16 has none"),
+        (["--skip", "head"], "skip: 'head' is no linear layer of this model"),
+        (["--skip", "*"], "skip: leaves no layer to quantize"),
+        (["--calibration", "/nowhere.txt"], "calibration: /nowhere.txt: No such file or directory"),
+    ],
+)
+def test_refused_with_nothing_written(
+    quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = quantize(tiny_model, tmp_path / "out", *arguments)
+    assert (result.status, result.out) == (1, "")
+    assert message in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_there_is_left_alone(
+    quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    result = quantize(tiny_model, tmp_path / "out")
+    assert result.status == 1
+    assert "is there already" in result.err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_broken_weight_leaves_nothing_behind(
+    quantize: Callable[..., Result], make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = make_tiny_model()
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = quantize(model, tmp_path / "out")
+    assert (result.status, result.out) == (1, "")
+    assert "tensor model.layers.2.mlp.down_proj.weight holds NaN or infinity" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_int8_model_is_not_quantized_again(
+    quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    assert quantize(tiny_model, tmp_path / "out").status == 0
+    result = quantize(tmp_path / "out", tmp_path / "again")
+    assert result.status == 1
+    assert "is an int8 checkpoint already" in result.err

@@ -1,0 +1,160 @@
+"""Losing the model's ranks at every moment of a workload, in one process: whatever is lost, the answers are the same.
+
+The executor is the one of this process, whose model runner is thrown away and loaded anew. What Ray adds to it is in
+`tests/ray/test_recovery.py`.
+"""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from rayllm.core.errors import EngineUnavailableError
+from rayllm.core.types import Request, SamplingParams
+from rayllm.engine.async_engine import AsyncEngine
+from rayllm.engine.build import EngineParts, Prepared, build_engine, load_runner, prepare
+from rayllm.engine.engine import MAX_LOSSES, Engine
+from rayllm.engine.executor import LocalExecutor, Recovery
+from rayllm.parallel.mesh import Mesh
+from rayllm.scheduler.batch import Batch, StepResult
+
+
+class LosingExecutor(LocalExecutor):
+    """Loses its runner in the calls of `submit` and `collect` whose numbers `losses` has."""
+
+    def __init__(self, prepared: Prepared, losses: set[int]) -> None:
+        self._prepared = prepared
+        self._losses = losses
+        self.num_calls = 0
+        super().__init__(self._load)
+
+    def _load(self):
+        runner = load_runner(self._prepared.shard, Mesh.single())
+        runner.init_cache(runner.num_blocks_that_fit)
+        return runner
+
+    def _count(self) -> None:
+        self.num_calls += 1
+        if self.num_calls in self._losses:
+            raise EngineUnavailableError("the runner is lost")
+
+    def submit(self, batch: Batch) -> None:
+        self._count()
+        super().submit(batch)
+
+    def collect(self) -> StepResult:
+        self._count()
+        return super().collect()
+
+    def recover(self, lost: EngineUnavailableError) -> Recovery:
+        for submitted in self._submitted:
+            submitted.result()
+        self._submitted.clear()
+        self._runner = self._thread.submit(self._load).result()
+        return Recovery(cause=str(lost), detection_s=0.0, recovery_s=0.0)
+
+
+def start(model: Path, losses: set[int]) -> tuple[EngineParts, LosingExecutor]:
+    config = EngineConfig(
+        model=ModelConfig(model=str(model), dtype="float32"),
+        cache=CacheConfig(num_blocks=24, block_size=4),  # so few that sequences are preempted for want of them too
+        scheduler=SchedulerConfig(max_num_batched_tokens=12, max_num_seqs=3),
+    )
+    executors: list[LosingExecutor] = []
+
+    def start_losing(prepared: Prepared) -> tuple[LosingExecutor, int]:
+        executors.append(LosingExecutor(prepared, losses))
+        return executors[0], executors[0].num_blocks
+
+    return build_engine(prepare(config), start_losing), executors[0]
+
+
+def requests() -> list[Request]:
+    cases = [
+        (range(40, 65), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=2)),
+        (range(40, 57), SamplingParams(temperature=1, seed=3, max_tokens=8, ignore_eos=True, n=2, logprobs=3)),
+        (range(40, 50), SamplingParams(temperature=1, seed=4, max_tokens=30, stop=("e", "\u00e9"))),
+        ([9], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, repetition_penalty=1.3)),
+    ]
+    return [
+        Request(request_id=str(i), prompt_token_ids=tuple(prompt), params=params)
+        for i, (prompt, params) in enumerate(cases)
+    ]
+
+
+def run(model: Path, losses: set[int]) -> tuple[dict[str, object], int]:
+    """Everything that clients were given, rounded where the order of sums shows, and the number of calls."""
+    parts, executor = start(model, losses)
+
+    async def answer(engine: AsyncEngine, request: Request) -> object:
+        sequences = [([], [], []) for _ in range(request.params.n)]
+        prompt_logprobs = None
+        async for delta in engine.generate(request):
+            tokens, text, logprobs = sequences[delta.index]
+            tokens += delta.token_ids
+            text.append(delta.text)
+            logprobs += [round(position.logprob, 4) for position in delta.logprobs or ()]
+            prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
+        scored = [position and (position.token_id, round(position.logprob, 4)) for position in prompt_logprobs or ()]
+        return [(tokens, "".join(text), logprobs) for tokens, text, logprobs in sequences], scored
+
+    async def all_of_them() -> dict[str, object]:
+        engine = AsyncEngine(parts)
+        asked = requests()
+        answers = await asyncio.gather(*(answer(engine, request) for request in asked))
+        stats = engine.stats()
+        assert stats.free_blocks == stats.total_blocks
+        assert stats.recoveries == len([call for call in losses if call <= executor.num_calls])
+        engine.check_integrity()
+        await engine.close()
+        return {request.request_id: result for request, result in zip(asked, answers, strict=True)}
+
+    return asyncio.run(all_of_them()), executor.num_calls
+
+
+def test_a_loss_at_every_moment_changes_nothing(tiny_model: Path) -> None:
+    expected, num_calls = run(tiny_model, set())
+    assert num_calls > 40
+    for call in range(1, num_calls + 1):
+        assert run(tiny_model, {call})[0] == expected, f"lost in call {call}"
+
+
+def test_many_losses(tiny_model: Path) -> None:
+    """Apart enough for every request to get on between them."""
+    expected, num_calls = run(tiny_model, set())
+    losses = set(range(5, num_calls, 34))
+    assert len(losses) >= 2
+    assert run(tiny_model, losses)[0] == expected
+
+
+def steps_of(engine: Engine) -> list[int]:
+    tokens = []
+    while engine.has_work:
+        tokens += [output.token_id for output in engine.step()]
+    return tokens
+
+
+@pytest.mark.parametrize("stride", [2, 60])
+def test_who_gets_no_further_ends(tiny_model: Path, stride: int) -> None:
+    """Losses in every step are blamed on the request that runs in them; losses far apart are not."""
+    request = Request(
+        request_id="a",
+        prompt_token_ids=(5, 6, 7),
+        params=SamplingParams(temperature=0, max_tokens=80, ignore_eos=True),
+    )
+    expected = start(tiny_model, set())[0].engine
+    expected.add(request)
+    whole = steps_of(expected)
+    engine = start(tiny_model, {stride * i for i in range(1, MAX_LOSSES + 1)})[0].engine
+    engine.add(request)
+    if stride == 2:
+        with pytest.raises(EngineUnavailableError, match="the runner is lost"):
+            steps_of(engine)
+        assert engine.num_recoveries == MAX_LOSSES - 1
+        assert not engine.has_work
+    else:
+        assert steps_of(engine) == whole
+    engine.scheduler.check_integrity()
+    engine.close()
+    expected.close()

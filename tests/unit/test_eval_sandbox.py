@@ -1,0 +1,222 @@
+"""Tested code cannot pass what it should fail, outlive its time, or reach anything outside."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayllm.core.errors import ConfigError
+from rayllm.eval.sandbox import check as sandbox_check
+from rayllm.eval.sandbox.check import TIMED_OUT, Check, Sandbox
+from rayllm.eval.sandbox.jail import Isolation, Limits
+from rayllm.eval.sandbox.problem import definitions
+from tests.unit.sandboxed_programs import FINE, HOSTILE
+
+LIMITS = Limits(cpu_s=1, wall_s=2.0, memory_bytes=1 << 29)
+SECRET = 918273645
+TESTS = f"assert add(1, 2) == 3\nassert add({SECRET}, 1) == {SECRET + 1}\nassert add(2, 2) == 4"
+RIGHT = "def add(a, b):\n    return a + b\n"
+
+
+@pytest.fixture(scope="module", params=list(Isolation))
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    return Sandbox(limits=LIMITS, isolation=request.param)
+
+
+def run(sandbox: Sandbox, program: str, tests: str = TESTS, *names: str) -> str | None:
+    names = names or ("add",)
+    check = Check(program=textwrap.dedent(program), tests=textwrap.dedent(tests), names=frozenset(names))
+    return sandbox.run(check).problem
+
+
+@pytest.mark.parametrize("case", FINE.values(), ids=FINE)
+def test_right_programs_pass(sandbox: Sandbox, case: str) -> None:
+    program, _, tests = textwrap.dedent(case).partition("---\n")
+    assert run(sandbox, program, tests, "f", "Pair") is None
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        ("def add(a, b): return 3", "a test failed: AssertionError"),
+        ("def add(a, b): return None", "a test failed"),
+        ("x = 1", "NameError: name 'add' is not defined"),
+        ("def add(a, b) return", "SyntaxError"),
+        ("def add(a, b): return a + c", "NameError: name 'c' is not defined"),
+        ("1 / 0", "the program raised ZeroDivisionError"),
+        ("def add(a, b): return add(a, b)", "RecursionError"),
+        ("", "NameError"),
+        ("\0", "SyntaxError"),
+        ("(" * 100_000, ""),
+    ],
+)
+def test_wrong_programs_say_why(sandbox: Sandbox, program: str, problem: str) -> None:
+    assert problem in (run(sandbox, program) or "passed")
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sessions of the processes that the sandbox starts."""
+    started: list[int] = []
+    popen = subprocess.Popen
+
+    def record(*arguments: Any, **keywords: Any) -> Any:
+        process = popen(*arguments, **keywords)
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", record)
+    return started
+
+
+def processes_of(sessions: list[int]) -> list[str]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = status.read_text()
+        except OSError:
+            continue
+        if int(text.rpartition(")")[2].split()[3]) in sessions:
+            found.append(text)
+    return found
+
+
+@pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_programs_fail_in_time_and_leave_nothing(sandbox: Sandbox, program: str, sessions: list[int]) -> None:
+    start = time.monotonic()
+    assert run(sandbox, program) is not None
+    assert time.monotonic() - start < LIMITS.wall_s + 3
+    assert len(sessions) == 2
+    assert processes_of(sessions) == []
+    assert run(sandbox, RIGHT) is None  # and the next one is not its victim
+
+
+def test_what_takes_too_long_is_said_to(sandbox: Sandbox) -> None:
+    assert run(sandbox, "while True: pass") == TIMED_OUT
+    assert run(sandbox, "import time\ntime.sleep(60)") == TIMED_OUT
+    assert run(sandbox, RIGHT, "while True: pass") == TIMED_OUT
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "open(path, 'w').write('x')",
+        "open(path, 'a').write('x')",
+        "os.remove(path)",
+        "os.truncate(path, 0)",
+        "os.chmod(path, 0)",
+        "os.utime(path, (0, 0))",
+        "os.rename(path, path + '2')",
+        "os.symlink('/', path + '2')",
+        "os.link(path, path + '2')",
+        "os.mkdir(path + '2')",
+    ],
+)
+def test_nothing_outside_is_written(sandbox: Sandbox, tmp_path: Path, deed: str) -> None:
+    file = tmp_path / "precious"
+    file.write_text("precious")
+    file.chmod(0o666)
+    tmp_path.chmod(0o777)
+    before = file.stat()
+    program = f"import os\npath = {str(file)!r}\ntry:\n    {deed}\nexcept OSError: pass\n" + RIGHT
+    assert run(sandbox, program) is None
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "precious"
+    assert (file.stat().st_mtime_ns, file.stat().st_mode) == (before.st_mtime_ns, before.st_mode)
+
+
+def test_own_file_system_holds_nothing_of_the_users(tmp_path: Path) -> None:
+    file = tmp_path / "private"
+    file.write_text("private")
+    sandbox = Sandbox(limits=LIMITS, isolation=Isolation.NAMESPACES)
+    program = (
+        f"import os\ndef f(): return os.path.exists({str(file)!r}), os.path.exists('/etc/passwd'), os.listdir('.')"
+    )
+    assert run(sandbox, program, "assert f() == (False, False, [])", "f") is None
+
+
+def test_its_environment_and_privileges(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    program = """
+        import ctypes, os
+        def names(): return [name for name in os.environ if not name.endswith(("NUM_THREADS", "HASHSEED", "LC_CTYPE"))]
+        def capabilities():
+            header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            assert ctypes.CDLL(None).capget(header, data) == 0
+            return list(data)
+    """
+    assert (
+        run(sandbox, program, "assert names() == []\nassert capabilities() == [0] * 6", "names", "capabilities") is None
+    )
+
+
+def test_tests_see_only_what_the_problem_defines(sandbox: Sandbox) -> None:
+    program = "def abs(x): return 0\ndef add(a, b): return 7"
+    assert run(sandbox, program, "assert abs(add(1, 2) - 3) < 1e-6") is not None
+    assert run(sandbox, program, "assert abs(add(1, 2) - 3) < 1e-6", "abs", "add") is None  # a problem about abs
+    assert (
+        run(sandbox, RIGHT + "helper = 1", "assert helper == 1")
+        == "a test raised NameError: name 'helper' is not defined"
+    )
+
+
+def test_verdicts_do_not_depend_on_their_neighbours(sandbox: Sandbox) -> None:
+    programs = [RIGHT if i % 3 else "def add(a, b): return 3" for i in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        assert [problem is None for problem in threads.map(lambda p: run(sandbox, p), programs)] == [
+            i % 3 != 0 for i in range(12)
+        ]
+
+
+def test_set_order_is_the_same_each_time(sandbox: Sandbox) -> None:
+    tests = "assert f() == " + repr(subprocess.run(
+        [sys.executable, "-c", "print(''.join({'a', 'b', 'c', 'd', 'e'}))"],
+        env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=True,
+    ).stdout.strip())  # fmt: skip
+    assert run(sandbox, "def f(): return ''.join({'a', 'b', 'c', 'd', 'e'})", tests, "f") is None
+
+
+def test_without_namespaces_it_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    real = Sandbox._run
+
+    def run_(self: Sandbox, check: Check, isolation: Isolation) -> Any:
+        if isolation is Isolation.NAMESPACES:
+            raise sandbox_check._NotStartedError("unshare: Operation not permitted")
+        return real(self, check, isolation)
+
+    monkeypatch.setattr(Sandbox, "_run", run_)
+    with caplog.at_level(logging.WARNING):
+        sandbox = Sandbox(limits=LIMITS)
+        assert run(sandbox, RIGHT) is None
+    assert sandbox.isolation is Isolation.LANDLOCK
+    (record,) = caplog.records
+    assert "no namespaces here (namespaces: unshare: Operation not permitted)" in record.message
+
+
+def test_nothing_runs_where_nothing_can_be_confined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_check.seccomp, "is_supported", lambda: False)
+    with pytest.raises(ConfigError, match="Linux only"):
+        Sandbox()
+
+
+def test_a_jail_that_cannot_be_built_runs_nothing(tmp_path: Path) -> None:
+    sandbox = Sandbox(limits=dataclasses.replace(LIMITS, open_files=1 << 40), isolation=Isolation.LANDLOCK)
+    proof = tmp_path / "ran"
+    with pytest.raises(ConfigError, match="does not start"):
+        run(sandbox, f"open({str(proof)!r}, 'w')")
+    assert not proof.exists()
+
+
+def test_definitions() -> None:
+    code = "import math\nfrom typing import List as L\nX, (Y, *Z) = 1, (2, 3)\nclass A: b = 1\ndef f(q):\n    r = q\n"
+    found = definitions(code)
+    assert found.names == {"X", "Y", "Z", "A", "f"}
+    assert found.imports == "import math\nfrom typing import List as L"
+    assert definitions("def f(:").names == frozenset()

@@ -1,0 +1,348 @@
+"""int8 checkpoints: written, read, served, split over ranks, refused; and that handling outliers matters."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rayllm.core.errors import CheckpointError, ConfigError
+from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.context import DenseContext
+from rayllm.models.decoder import Decoder
+from rayllm.models.quantization import OUTLIERS, Scheme
+from rayllm.parallel.fuse import FusedAttention, fuse_projections
+from rayllm.parallel.load import load_shard
+from rayllm.parallel.mesh import Mesh
+from rayllm.quant.calibrate import calibrate
+from rayllm.quant.convert import Outliers, Recipe, convert
+from rayllm.quant.int8_linear import Int8Linear, linear_names
+from rayllm.quant.ranges import absmax_scale, clip_scale, round_to_int8
+from rayllm.quant.writer import ShardWriter, pack
+from tests import sharded_forward
+from tests.ranks import Ranks
+from tests.tiny_models import save_tiny
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 101, (30,), generator=torch.Generator().manual_seed(3))
+SCHEMES: list[tuple[Scheme, Outliers]] = [
+    ("w8a16", "none"),
+    ("w8a16", "clip"),
+    ("w8a16", "smooth"),
+    ("w8a8", "none"),
+    ("w8a8", "smooth"),
+    ("w8a8", "mixed"),
+]
+
+
+def load(directory: Path, *, quantize: Scheme | None = None, fuse: bool = False) -> Decoder:
+    model = load_shard(Checkpoint.open(directory), Mesh.single(), dtype=torch.float32, device=CPU, quantize=quantize)
+    if fuse:
+        fuse_projections(model)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: Decoder) -> Tensor:
+    return model.logits(model(IDS, torch.arange(len(IDS)), DenseContext([0, len(IDS)])))
+
+
+def quantize(source: Path, target: Path, scheme: Scheme, outliers: Outliers = "none", **settings: Any) -> Path:
+    target.mkdir()
+    statistics = calibrate(load(source), [IDS, IDS.flip(0)]) if outliers in ("smooth", "mixed") else None
+    recipe = Recipe(scheme=scheme, outliers=outliers, **settings)
+    convert(Checkpoint.open(source), target, recipe, statistics=statistics, calibration_tokens=2 * len(IDS))
+    return target
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "qwen3-bias-tied", "llama-mqa-tied"])
+@pytest.mark.parametrize(("scheme", "outliers"), SCHEMES)
+def test_an_int8_model_is_what_its_file_says(case: str, scheme: Scheme, outliers: Outliers, tmp_path: Path) -> None:
+    """Against the file's numbers widened to float32 and an ordinary model with its inputs rounded."""
+    save_tiny(tmp_path / "model", case)
+    out = quantize(tmp_path / "model", tmp_path / "out", scheme, outliers)
+    stored = logits(load(out))
+    widened = widen(out, tmp_path / "widened")
+    expected = logits(widened) if scheme == "w8a16" else logits_of_rounded_inputs(widened, out)
+    # A value that is rounded the other way for the last bit's sake moves a logit of W8A8 a little.
+    assert relative(stored, expected) < (1e-5 if scheme == "w8a16" else 2e-3)
+    assert relative(stored, logits(load(tmp_path / "model"))) < 0.05
+    torch.testing.assert_close(logits(load(out, fuse=True)), stored, rtol=0, atol=1e-5)
+
+
+def stored_tensors(directory: Path) -> dict[str, Tensor]:
+    return {name: one for path in directory.glob("*.safetensors") for name, one in load_file(path).items()}
+
+
+def widen(directory: Path, target: Path) -> Decoder:
+    """The same model with float32 weights, without our reader of int8."""
+    tensors = stored_tensors(directory)
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        stem, scale = name.removesuffix(".weight_scale"), tensors.pop(name)
+        if (packed := tensors.pop(f"{stem}.weight_packed", None)) is not None:
+            shape = tensors.pop(f"{stem}.weight_shape").tolist()
+            words = torch.stack([packed >> shift & 255 for shift in (0, 8, 16, 24)], dim=-1)
+            tensors[f"{stem}.weight"] = words.flatten(1)[:, : shape[1]] - 128
+        tensors[f"{stem}.weight"] = tensors[f"{stem}.weight"] * scale
+        columns = tensors.pop(f"{stem}.outlier_columns", torch.zeros(0)).long()
+        if f"{stem}.outlier_weight" in tensors:
+            tensors[f"{stem}.weight"][:, columns] = tensors.pop(f"{stem}.outlier_weight").float()
+    config = json.loads((directory / "config.json").read_text())
+    target.mkdir()
+    kept = {name: value for name, value in config.items() if name not in ("quantization_config", "int8_outliers")}
+    (target / "config.json").write_text(json.dumps(kept))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return load(target)
+
+
+def logits_of_rounded_inputs(model: Decoder, directory: Path) -> Tensor:
+    columns = {
+        name.removeprefix("model.").removesuffix(".outlier_columns"): one.long()
+        for name, one in stored_tensors(directory).items()
+        if name.endswith("outlier_columns")
+    }
+
+    def rounding(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+        def see(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            kept = columns.get(name, torch.zeros(0, dtype=torch.long))
+            x = inputs[0].clone()
+            x[:, kept] = 0
+            step = x.abs().amax(1, keepdim=True) / 127
+            x = (x / step).round() * step
+            x[:, kept] = inputs[0][:, kept]
+            return (x,)
+
+        return see
+
+    for name in linear_names(model):
+        model.get_submodule(name).register_forward_pre_hook(rounding(name))
+    return logits(model)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("case", ["llama-biases", "llama-mqa-tied"])
+def test_at_load_is_what_the_file_would_hold(case: str, scheme: Scheme, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", case)
+    out = quantize(tmp_path / "model", tmp_path / "out", scheme)
+    at_load = load(tmp_path / "model", quantize=scheme)
+    assert torch.equal(logits(at_load), logits(load(out)))
+    assert isinstance(at_load.lm_head, Int8Linear)
+    assert isinstance(at_load.embed_tokens, torch.nn.Embedding)
+    assert at_load.embed_tokens.weight.is_floating_point()
+
+
+def test_gpt2_is_quantized_at_load_only(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "gpt2-tied")
+    exact = logits(load(tmp_path / "model"))
+    assert relative(logits(load(tmp_path / "model", quantize="w8a16")), exact) < 0.02
+    with pytest.raises(ConfigError, match=r"gpt2: .*c_attn.weight is stored transposed"):
+        quantize(tmp_path / "model", tmp_path / "out", "w8a16")
+
+
+def test_skipped_layers_stay_and_are_not_joined_with_others(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama-mqa-tied")
+    out = quantize(tmp_path / "model", tmp_path / "out", "w8a8", skip=("lm_head", "layers.1.self_attn.k_proj"))
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert config["quantization_config"]["ignore"] == ["model.layers.1.self_attn.k_proj", "lm_head"]
+    model = load(out, fuse=True)
+    assert isinstance(model.layers["0"].self_attn, FusedAttention)
+    assert not isinstance(model.layers["1"].self_attn, FusedAttention)
+    torch.testing.assert_close(logits(model), logits(load(out)), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="skip: 'lm_haed' is no linear layer of this model"):
+        quantize(tmp_path / "model", tmp_path / "again", "w8a8", skip=("lm_haed",))
+
+
+def with_outliers(directory: Path) -> None:
+    """A model whose function stays what it is while 2 of 48 channels after each norm become 100 times as large, in
+    one layer, and in the others 100 times smaller with weights 100 times as large."""
+    save_tiny(directory, "llama-gqa")
+    tensors = load_file(directory / "model.safetensors")
+    for layer in range(3):
+        for norm, readers in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            factor = 100.0 if layer == 0 else 0.01
+            tensors[f"model.layers.{layer}.{norm}.weight"][[5, 17]] *= factor
+            for reader in readers:
+                tensors[f"model.layers.{layer}.{reader}.weight"][:, [5, 17]] /= factor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_hundredfold_outliers_make_handling_matter(tmp_path: Path) -> None:
+    with_outliers(tmp_path / "model")
+    exact, statistics = logits(load(tmp_path / "model")), calibrate(load(tmp_path / "model"), [IDS, IDS.flip(0)])
+    errors = {}
+    for outliers in ("none", "clip", "mixed", "smooth"):
+        out = tmp_path / outliers
+        out.mkdir()
+        recipe = Recipe(scheme="w8a8", outliers=outliers)
+        convert(Checkpoint.open(tmp_path / "model"), out, recipe, statistics=statistics, calibration_tokens=60)
+        errors[outliers] = relative(logits(load(out)), exact)
+    assert errors["none"] > 1.05 * errors["clip"]
+    assert errors["clip"] > 10 * errors["mixed"]
+    assert errors["clip"] > 10 * errors["smooth"]
+
+
+def test_clip_never_loses_to_absmax() -> None:
+    weight = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    weight[:10, 7] = 40.0
+    energy = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    energy[7] = 1e-6
+
+    def error(scale: Tensor, energy: Tensor) -> Tensor:
+        return ((round_to_int8(weight, scale) * scale - weight).square() * energy).sum(1)
+
+    for weights in (torch.ones(300), energy):
+        clipped = error(clip_scale(weight, weights), weights)
+        assert (clipped <= error(absmax_scale(weight), weights)).all()
+    assert (clipped[:10] < 0.1 * error(absmax_scale(weight), energy)[:10]).all()
+
+
+@pytest.mark.parametrize("length", [8, 13])
+def test_packed_weights_come_back_in_any_slice(length: int, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama-gqa")
+    out = quantize(tmp_path / "model", tmp_path / "out", "w8a16")
+    checkpoint, name = Checkpoint.open(out), "layers.0.mlp.down_proj.weight"
+    whole = checkpoint.read(name, (slice(0, 48), slice(0, 72)))
+    assert whole.dtype == torch.int8
+    part = checkpoint.read(name, (slice(3, 9), slice(5, 5 + length)))
+    assert torch.equal(part, whole[3:9, 5 : 5 + length])
+    weight = torch.randint(-127, 128, (4, length), dtype=torch.int8)
+    packed = pack(weight).view(torch.uint8)[:, :length]
+    assert torch.equal((packed.int() - 128).to(torch.int8), weight)
+
+
+def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayllm.quant.writer.MAX_SHARD_BYTES", 100)
+    writer = ShardWriter(tmp_path)
+    for name in ("a", "b", "c"):
+        writer.add(name, torch.zeros(20))
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 240
+    assert sorted(index["weight_map"]) == ["a", "b", "c"]
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+
+
+# What can be wrong with an int8 directory, and the one line that says so.
+
+
+@pytest.fixture
+def int8(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "model", "llama-gqa")
+    return quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
+
+
+def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    [path] = directory.glob("model*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (directory / "model.safetensors.index.json").unlink()
+    path.rename(directory / "model.safetensors")
+
+
+SCALE = "model.layers.1.mlp.up_proj.weight_scale"
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(SCALE), f"tensor {SCALE} is missing"),
+        (lambda tensors: tensors.update({SCALE: torch.ones(72)}), rf"tensor {SCALE} has shape \[72\]"),
+        (lambda tensors: tensors.update({WEIGHT: torch.ones(72, 48)}), f"tensor {WEIGHT} has unsupported dtype F32"),
+        (lambda tensors: tensors.update({"extra": torch.ones(1)}), "tensor extra is not part of"),
+        (lambda tensors: tensors[SCALE].fill_(torch.nan), f"tensor {SCALE} holds NaN or infinity"),
+    ],
+)
+def test_damaged_tensors(int8: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    edit(int8, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(int8)
+
+
+def test_a_lost_outliers_file_is_missed(int8: Path) -> None:
+    (int8 / OUTLIERS).unlink()
+    with pytest.raises(CheckpointError, match=rf"{OUTLIERS}: no such file, though config.json names it"):
+        load(int8)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("quant_method",), "gptq", "quant_method: 'gptq' is not supported"),
+        (("format",), "marlin-24", "format: 'marlin-24' is not supported"),
+        (("config_groups", "group_0", "weights", "num_bits"), 4, "weights.num_bits: 4 is not supported"),
+        (("config_groups", "group_0", "weights", "strategy"), "group", "weights.strategy: 'group' is not supported"),
+        (("config_groups", "group_0", "input_activations", "dynamic"), False, "dynamic: False is not supported"),
+        (("config_groups", "group_0", "targets"), "Linear", "targets: 'Linear' is not a list"),
+        (("ignore",), ["re:("], "ignore: 're:[(]'"),
+        (("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
+    ],
+)
+def test_unsupported_configurations(int8: Path, path: tuple[str, ...], value: object, message: str) -> None:
+    config = json.loads((int8 / "config.json").read_text())
+    place = config["quantization_config"]
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    (int8 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        Checkpoint.open(int8)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama-gqa")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors[WEIGHT][3, 4] = bad
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    for action in (
+        lambda: quantize(tmp_path / "model", tmp_path / "out", "w8a8"),
+        lambda: load(tmp_path / "model", quantize="w8a8"),
+    ):
+        with pytest.raises(CheckpointError, match=f"tensor {WEIGHT} holds NaN or infinity"):
+            action()
+
+
+# Several ranks.
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+def run_ranks(ranks: Ranks, directory: Path, scheme: Scheme | None) -> Tensor:
+    arguments = (directory, 3, 1, IDS, [0, len(IDS)], torch.float32, True, scheme)
+    [found] = [one.logits_TV for one in ranks.run(3, sharded_forward.forward, *arguments) if one.logits_TV is not None]
+    return found
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "llama-mqa-tied"])
+@pytest.mark.parametrize(("scheme", "outliers"), [("w8a16", "none"), ("w8a8", "smooth"), ("w8a8", "mixed")])
+def test_three_ranks_answer_as_one(ranks: Ranks, case: str, scheme: Scheme, outliers: Outliers, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", case)
+    out = quantize(tmp_path / "model", tmp_path / "out", scheme, outliers)
+    alone, exact = logits(load(out)), logits(load(tmp_path / "model"))
+    for directory, at_load in ((out, None), (tmp_path / "model", scheme)):
+        split = run_ranks(ranks, directory, at_load)
+        if scheme == "w8a16":
+            torch.testing.assert_close(split, alone, rtol=0, atol=1e-4)
+        else:
+            # A rank scales its own slice of an activation's row: other roundings, but never coarser ones.
+            assert relative(split, exact) < 1.2 * max(relative(alone, exact), 0.01)
