@@ -64,9 +64,9 @@ def _read_stdin() -> str:
 
 def _run(config: EngineConfig, prompts: list[str], params: SamplingParams, *, chat: bool) -> "list[RequestOutput]":
     with stdout_kept_clean():
-        from rayllm.cli.local import open_llm
+        from rayllm.engine.llm import LLM
 
-        with open_llm(config) as llm, progress("generating", len(prompts)) as advance:
+        with LLM.from_config(config) as llm, progress("generating", len(prompts)) as advance:
             inputs: list[str | list[int]] = list(prompts)
             if chat:
                 inputs = [llm.tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in prompts]

@@ -1,21 +1,7 @@
-"""The engine in this process, as the commands configure it: offline, or for streams."""
+"""The engine for streams in this process, as the commands configure it."""
 
 from rayllm.core.config import EngineConfig
 from rayllm.engine.async_engine import AsyncEngine
-from rayllm.engine.llm import LLM
-
-
-def open_llm(config: EngineConfig) -> LLM:
-    return LLM(
-        config.model.model,
-        dtype=config.model.dtype,
-        tensor_parallel_size=config.parallel.tensor,
-        pipeline_parallel_size=config.parallel.pipeline,
-        max_model_len=config.model.max_model_len,
-        quantize=config.model.quantize,
-        cache=config.cache,
-        scheduler=config.scheduler,
-    )
 
 
 def open_async_engine(config: EngineConfig) -> AsyncEngine:

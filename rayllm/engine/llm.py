@@ -37,16 +37,26 @@ class LLM:
         cache: CacheConfig | None = None,
         scheduler: SchedulerConfig | None = None,
     ) -> None:
-        unbounded = 1 << 62  # the whole work list is handed over at once
-        config = EngineConfig(
-            model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len, quantize=quantize),
-            parallel=ParallelConfig(tensor=tensor_parallel_size, pipeline=pipeline_parallel_size),
-            cache=cache or CacheConfig(),
-            scheduler=replace(
-                scheduler or SchedulerConfig(), max_waiting_requests=unbounded, max_waiting_tokens=unbounded
-            ),
+        self._start(
+            EngineConfig(
+                model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len, quantize=quantize),
+                parallel=ParallelConfig(tensor=tensor_parallel_size, pipeline=pipeline_parallel_size),
+                cache=cache or CacheConfig(),
+                scheduler=scheduler or SchedulerConfig(),
+            )
         )
-        prepared = prepare(config)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """As the command line and configuration files describe an engine. Its queue is not bounded here."""
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
+        unbounded = 1 << 62  # the whole work list is handed over at once
+        queue = replace(config.scheduler, max_waiting_requests=unbounded, max_waiting_tokens=unbounded)
+        prepared = prepare(replace(config, scheduler=queue))
         if config.parallel.world_size == 1:
             parts = build_engine(prepared, start_local)
         else:

@@ -2,6 +2,7 @@
 batching."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rayllm.core.config import EngineConfig
 from rayllm.core.errors import ConfigError
@@ -37,15 +38,8 @@ class LocalBackend:
         """Raises ConfigError or CheckpointError when the model cannot be loaded."""
         checkpoint = Checkpoint.open(resolve_model(config.model.model))
         longest = _max_model_len(config, checkpoint)
-        llm = LLM(
-            str(checkpoint.directory),
-            dtype=config.model.dtype,
-            tensor_parallel_size=config.parallel.tensor,
-            pipeline_parallel_size=config.parallel.pipeline,
-            max_model_len=longest,
-            cache=config.cache,
-            scheduler=config.scheduler,
-        )
+        model = replace(config.model, model=str(checkpoint.directory), max_model_len=longest)
+        llm = LLM.from_config(replace(config, model=model))
         return cls(
             llm,
             model=config.model.model,

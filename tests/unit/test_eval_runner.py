@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.core.types import SamplingParams
+from rayllm.engine.llm import LLM
 from rayllm.eval.data import Data, Table
 from rayllm.eval.local_backend import LocalBackend
 from rayllm.eval.samples import SampleStore, claim, write_results
-from rayllm.eval.task import Document, Generate, Generated, Request, Response, Score, Task
+from rayllm.eval.task import Document, Generate, Generated, Loglikelihood, Request, Response, Score, Task
 from tests.eval_documents import ANATOMY, PAGES
 from tests.eval_runs import answers, rows, run, write_table
 
@@ -333,3 +334,23 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="allow it with --allow-code-execution"):
             run(task, backend, data)
         run(task, backend, data, allow_code_execution=True)
+
+
+def test_the_weights_that_are_asked_for_are_evaluated(make_tiny_model):
+    """`--quantize` reaches the engine: the likelihoods are those of int8 weights, not of the checkpoint's."""
+    model, request = str(make_tiny_model(max_position_embeddings=2048)), Loglikelihood(context="a", continuation=" b")
+
+    def logprob(quantize: str | None) -> float:
+        responses = []
+        backend = LocalBackend.open(EngineConfig(model=ModelConfig(model=model, quantize=quantize)))
+        backend.run([request], [0], lambda _, response: responses.append(response))
+        backend.close()
+        return responses[0].logprob
+
+    with LLM(model, quantize="w8a8") as llm:
+        context, ids = llm.tokenizer.encode("a"), llm.tokenizer.encode("a b")
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=len(context))
+        (output,) = llm.generate([ids], params)
+    expected = sum(position.logprob for position in output.prompt_logprobs[len(context) :])
+    assert logprob("w8a8") == pytest.approx(expected, abs=1e-4)
+    assert abs(logprob(None) - expected) > 1e-4

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayllm.core.config import CacheConfig, SchedulerConfig
+from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from rayllm.core.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from rayllm.core.types import FinishReason, SamplingParams
 from rayllm.engine.llm import LLM
@@ -288,3 +288,14 @@ os.wait()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "make another after the fork" in run.stdout
+
+
+def test_from_config_takes_every_setting(tiny_model, prompts):
+    scheduler = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_waiting_requests=1)
+    model = ModelConfig(model=str(tiny_model), quantize="w8a16", max_model_len=200)
+    with (
+        LLM(str(tiny_model), quantize="w8a16") as direct,
+        LLM.from_config(EngineConfig(model=model, scheduler=scheduler)) as llm,
+    ):
+        assert llm.limits.max_model_len == 200
+        assert token_ids(llm, prompts) == token_ids(direct, prompts)  # more prompts than may wait in a server

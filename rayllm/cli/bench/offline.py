@@ -42,13 +42,13 @@ def _measure(
 ) -> dict[str, dict[str, Any]]:
     from rayllm.cli.bench.engines import rayllm_run, transformers_run
     from rayllm.cli.bench.throughput import Workload, compare, speeds
-    from rayllm.cli.local import open_llm
+    from rayllm.engine.llm import LLM
 
     repeats = settings["repeats"]
     workload = Workload(
         requests=settings["requests"], input_len=settings["input_len"], output_len=settings["output_len"]
     )
-    with open_llm(config) as llm:
+    with LLM.from_config(config) as llm:
         engines = {"rayllm": rayllm_run(llm)}
         if against_transformers:
             engines["transformers"] = transformers_run(config.model.model, config.model.dtype)
