@@ -41,6 +41,8 @@ def chat(
     """
     if (model is None) == (url is None):
         raise typer.BadParameter("give either MODEL or --url")
+    if url is not None:
+        engine.refuse_with_url()
     with stdout_kept_clean():
         from rayllm.cli.chat_backend import LocalBackend, connect
 

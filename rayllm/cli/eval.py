@@ -91,8 +91,9 @@ def run(
         raise ConfigError("give either a model or --url")
     with stdout_kept_clean():
         backend = _open_backend(engine, model, url)
+        loaded_as = {name: getattr(engine, name) for name in ("dtype", "quantize", "kv_cache_dtype", "max_model_len")}
         try:
-            report = _run_tasks(chosen, backend, data, settings, output)
+            report = _run_tasks(chosen, backend, loaded_as, data, settings, output)
         finally:
             backend.close()
     if as_json:
@@ -103,6 +104,7 @@ def run(
 
 def _open_backend(engine: EngineOptions, model: str | None, url: str | None) -> "Backend":
     if url is not None:
+        engine.refuse_with_url()
         from rayllm.eval.http_backend import HttpBackend
 
         return HttpBackend(url)
@@ -112,8 +114,14 @@ def _open_backend(engine: EngineOptions, model: str | None, url: str | None) -> 
 
 
 def _run_tasks(
-    tasks: "list[Task]", backend: "Backend", folder: Path | None, settings: "EvalSettings", output: Path | None
+    tasks: "list[Task]",
+    backend: "Backend",
+    loaded_as: dict[str, Any],
+    folder: Path | None,
+    settings: "EvalSettings",
+    output: Path | None,
 ) -> dict[str, Any]:
+    """`loaded_as`: what was asked for that changes what the model answers."""
     from rayllm.eval.data import Data
     from rayllm.eval.runner import run_task
     from rayllm.eval.samples import claim, write_results
@@ -121,6 +129,7 @@ def _run_tasks(
     described = {
         "model": backend.model,
         "weight_version": backend.weight_version,
+        **loaded_as,
         "num_fewshot": settings.num_fewshot,
         "seed": settings.seed,
     }

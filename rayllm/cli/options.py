@@ -74,6 +74,13 @@ class EngineOptions:
         """Raises ConfigError, also for no model."""
         return engine_config(merge({}, self.sections(model)))
 
+    def refuse_with_url(self) -> None:
+        """Raises typer.BadParameter for an option of an engine that runs elsewhere."""
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                option = f"--{field.name.replace('_', '-')}"
+                raise typer.BadParameter(f"{option} is for a model that is loaded here; leave it out with --url")
+
     def sections(self, model: str | None) -> Sections:
         """As in a configuration file; None where nothing was given."""
         return {

@@ -253,6 +253,20 @@ def test_wrong_usage_is_status_2(rayllm, arguments):
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["chat", "--url", "http://127.0.0.1:1", "--kv-cache-dtype", "int8"],
+        ["bench", "serve", "--url", "http://127.0.0.1:1", "--kv-cache-dtype", "int8"],
+        ["eval", "--url", "http://127.0.0.1:1", "--tasks", "piqa", "--kv-cache-dtype", "int8"],
+    ],
+)
+def test_an_engines_option_beside_a_url_is_refused(rayllm, arguments):
+    result = rayllm(*arguments)
+    assert result.status == 2
+    assert "--kv-cache-dtype is for a model that is loaded here" in " ".join(result.err.replace("│", " ").split())
+
+
 def test_eval_json_and_resume(rayllm, tiny_model: Path, tmp_path: Path):
     goals = [{"goal": "To dry", "sol1": "use paper", "sol2": "use soup", "label": i % 2} for i in range(6)]
     (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in goals))
@@ -269,6 +283,9 @@ def test_eval_json_and_resume(rayllm, tiny_model: Path, tmp_path: Path):
     other = rayllm(*arguments, "--seed", 7)
     assert other.status == 1
     assert "holds another run (seed: 0 there, 7 here)" in other.err
+    other = rayllm(*arguments, "--quantize", "w8a8")
+    assert other.status == 1
+    assert "holds another run (quantize: None there, 'w8a8' here)" in other.err
 
 
 def test_version(rayllm):

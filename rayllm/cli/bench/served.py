@@ -38,6 +38,8 @@ def served(
     """
     if (url is None) == (in_process is None):
         raise typer.BadParameter("give either --url or --in-process")
+    if url is not None:
+        engine.refuse_with_url()
     workload = {"concurrency": concurrency, "requests": requests, "input_len": input_len, "output_len": output_len}
     target = engine.config(in_process) if url is None else url
     with stdout_kept_clean():
