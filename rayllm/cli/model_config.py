@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rayllm.core.errors import CheckpointError
 from rayllm.models.embedded import EMBEDDED
@@ -10,9 +11,14 @@ from rayllm.models.spec import DecoderSpec
 
 
 def read_spec(model: str) -> DecoderSpec:
+    """As `read_config`; raises ConfigError for a model that is not supported."""
+    return spec_from_config(read_config(model))
+
+
+def read_config(model: str) -> dict[str, Any]:
     """`model`: a directory, or the name of an embedded model that was fetched.
 
-    Raises CheckpointError for a config.json that cannot be read, ConfigError for one that is not supported.
+    Raises CheckpointError for a config.json that cannot be read.
     """
     directory = EMBEDDED[model].directory if model in EMBEDDED else Path(model)
     if not directory.is_dir():
@@ -28,4 +34,4 @@ def read_spec(model: str) -> DecoderSpec:
         raise CheckpointError(path, f"not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(path, "must hold a JSON object")
-    return spec_from_config(config)
+    return config

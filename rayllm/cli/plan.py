@@ -1,19 +1,25 @@
 """`rayllm plan`: the memory arithmetic of a model, shown step by step."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rayllm.cli.console import print_json, print_table
 from rayllm.cli.options import Json
-from rayllm.cli.planning import ADAMW_BYTES_PER_PARAM, MemoryPlan, ModelPlan, plan_model
+from rayllm.cli.planning import ADAMW_BYTES_PER_PARAM, DTYPE_BYTES, MemoryPlan, ModelPlan, WeightFormat, plan_model
 from rayllm.cli.units import format_bytes, parse_bytes, parse_count
 from rayllm.core.config import CacheConfig
+from rayllm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rayllm.models.spec import DecoderSpec
 
 EXAMPLES = """
 Example: rayllm plan --params 175e9 --dtype bfloat16 --gpu-memory 80GB
 
 Example: rayllm plan ./my-model --gpu-memory 24GB --context 4096
+
+Example: rayllm plan ./my-model --gpu-memory 24GB --quantize w8a8 --kv-cache-dtype int8
 """
 
 
@@ -31,6 +37,14 @@ def plan(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights and the KV cache.")
     ] = "bfloat16",
+    quantize: Annotated[
+        Literal["w8a16", "w8a8"] | None,
+        typer.Option("--quantize", help="Linear layers in int8, as `rayllm serve --quantize` makes them."),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8"],
+        typer.Option("--kv-cache-dtype", help="int8: a byte for each value, and a scale for each token and head."),
+    ] = "auto",
     gpu_memory: Annotated[
         int,
         typer.Option("--gpu-memory", parser=parse_bytes, metavar="SIZE", help="Memory of one GPU: 80GB, 24GiB."),
@@ -55,15 +69,15 @@ def plan(
     """
     if (model is None) == (params is None):
         raise typer.BadParameter("give either MODEL or --params")
+    form = WeightFormat(dtype=dtype, int8=quantize is not None)
     if model is None:
         assert params is not None
-        memory, details = MemoryPlan(num_params=params, dtype=dtype, gpu_bytes=gpu_memory), None
+        memory, details = MemoryPlan(num_params=params, form=form, gpu_bytes=gpu_memory), None
     else:
-        from rayllm.cli.model_config import read_spec
-
         details = plan_model(
-            read_spec(model),
-            dtype=dtype,
+            _spec(model),
+            form=form,
+            kv_dtype="int8" if kv_cache_dtype == "int8" else dtype,
             gpu_bytes=gpu_memory,
             fraction=gpu_memory_fraction,
             context=context,
@@ -78,23 +92,29 @@ def plan(
         _print_layouts(details)
 
 
+def _spec(model: str) -> "DecoderSpec":
+    from rayllm.cli.model_config import read_config
+    from rayllm.models.families import spec_from_config
+    from rayllm.models.quantization import read_quantization
+
+    config = read_config(model)
+    if read_quantization(config) is not None:
+        raise ConfigError(f"{model} is an int8 checkpoint; plan for the model that it was made of, with --quantize")
+    return spec_from_config(config)
+
+
 def _print_memory(memory: MemoryPlan, details: ModelPlan | None) -> None:
     from rich.table import Table
 
     table = Table("what", "arithmetic", "result", title="Memory")
     gpu = format_bytes(memory.gpu_bytes)
-    table.add_row(
-        "weights",
-        f"{memory.num_params:,} parameters x {memory.bytes_per_param} bytes ({memory.dtype})",
-        format_bytes(memory.weights_bytes),
-    )
+    table.add_row("weights", _weights(memory), format_bytes(memory.weights_bytes))
     table.add_row("GPUs for the weights", f"{format_bytes(memory.weights_bytes)} / {gpu}, rounded up", f"{memory.gpus}")
     if details is not None:
         spec, best = details.spec, details.best
         table.add_row(
             "KV cache of a token",
-            f"2 (K, V) x {spec.num_layers} layers x {spec.num_kv_heads} KV heads x {spec.head_dim} x"
-            f" {memory.bytes_per_param} bytes",
+            f"2 (K, V) x {spec.num_layers} layers x {spec.num_kv_heads} KV heads x {_head(details)}",
             f"{details.kv_bytes_per_token:,} bytes",
         )
         table.add_row(
@@ -134,6 +154,21 @@ def _print_memory(memory: MemoryPlan, details: ModelPlan | None) -> None:
             f"{stored} ({recomputed})",
         )
     print_table(table)
+
+
+def _weights(memory: MemoryPlan) -> str:
+    params = f"{memory.num_params:,} parameters"
+    if not memory.form.int8:
+        return f"{params} x {memory.form.dtype_bytes} bytes ({memory.form.dtype})"
+    if memory.shape_bytes is None:
+        return f"{params} x 1 byte (int8; scales not counted)"
+    return f"{params}: linear layers 1 byte and 4 for each output (int8), others {memory.form.dtype_bytes}"
+
+
+def _head(details: ModelPlan) -> str:
+    if details.kv_dtype == "int8":
+        return f"({details.spec.head_dim} + 4 bytes of scale)"
+    return f"{details.spec.head_dim} x {DTYPE_BYTES[details.kv_dtype]} bytes"
 
 
 def _gpus(count: int) -> str:

@@ -20,6 +20,32 @@ ADAMW_BYTES_PER_PARAM = 2 + 2 + 4 + 4 + 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFormat:
+    """How weights lie in memory: all in `dtype`, or the linear layers in int8 with a float32 scale for each output."""
+
+    dtype: str
+    int8: bool = False
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of one weight of a linear layer."""
+        return 1 if self.int8 else self.dtype_bytes
+
+    def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> int:
+        """-> bytes of a linear layer."""
+        scales = 4 * outputs if self.int8 else 0
+        return inputs * outputs * self.matrix_bytes + scales + outputs * self.dtype_bytes * bias
+
+    def others(self, params: int) -> int:
+        """-> bytes of embeddings and norms."""
+        return params * self.dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """One way to split a model. The byte counts are those of the rank that holds most.
 
@@ -46,18 +72,21 @@ class Layout:
         return self.max_tokens // context
 
 
-def even_layouts(spec: DecoderSpec, *, dtype_bytes: int, gpu_bytes: int, fraction: float, gpus: int) -> list[Layout]:
+def even_layouts(
+    spec: DecoderSpec, *, form: WeightFormat, kv_dtype: str, gpu_bytes: int, fraction: float, gpus: int
+) -> list[Layout]:
     """The TP x PP layouts of at most `gpus` GPUs that give every rank the same heads, ffn columns and layers.
 
     `fraction` of each GPU's memory is for weights and KV cache.
     """
+    head_bytes = kv_head_bytes(spec.head_dim, kv_dtype)
     return [
         Layout(
             tp=tp,
             pp=pp,
             kv_copies=max(1, tp // spec.num_kv_heads),
-            weights_bytes=(weights := max_rank_params(spec, tp, pp) * dtype_bytes),
-            kv_bytes_per_token=2 * local_kv_heads(spec, tp) * spec.head_dim * (spec.num_layers // pp) * dtype_bytes,
+            weights_bytes=(weights := max_rank_bytes(spec, tp, pp, form)),
+            kv_bytes_per_token=2 * local_kv_heads(spec, tp) * (spec.num_layers // pp) * head_bytes,
             kv_room_bytes=int(gpu_bytes * fraction) - weights,
         )
         for tp, pp in _even_sizes(spec, gpus)
@@ -79,50 +108,53 @@ def _is_possible(spec: DecoderSpec, tp: int, pp: int) -> bool:
     return True
 
 
-def max_rank_params(spec: DecoderSpec, tp: int, pp: int) -> int:
-    """Parameters on the rank that holds most. `tp` and `pp` must be an even layout; the vocabulary is padded to it.
+def max_rank_bytes(spec: DecoderSpec, tp: int, pp: int, form: WeightFormat) -> int:
+    """Weights of the rank that holds most. `tp` and `pp` must be an even layout; the vocabulary is padded to it.
 
     Matrices are divided by `tp`; norms and biases of row-parallel matrices are whole on every rank. The embedding is on
-    the first stage, the output matrix on the last; a tied one is on both.
+    the first stage, the head on the last; a tied one is on both, and beside the embedding where it is int8.
     """
-    layers = spec.num_layers // pp * _layer_params(spec, tp)
-    vocab = local_vocab_size(spec, tp) * spec.hidden_size
-    positions = 0 if spec.rope is not None else spec.max_position_embeddings * spec.hidden_size
-    first = vocab + positions
-    last = _norm_params(spec) + (0 if pp == 1 and spec.tie_word_embeddings else vocab)
+    layers = spec.num_layers // pp * _layer_bytes(spec, tp, form)
+    vocab = local_vocab_size(spec, tp)
+    positions = 0 if spec.rope is not None else spec.max_position_embeddings
+    first = form.others((vocab + positions) * spec.hidden_size)
+    shared = pp == 1 and spec.tie_word_embeddings and not form.int8
+    last = form.others(_norm_params(spec)) + (0 if shared else form.linear(spec.hidden_size, vocab))
     return layers + (first + last if pp == 1 else max(first, last))
 
 
-def _layer_params(spec: DecoderSpec, tp: int) -> int:
-    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads // tp + local_kv_heads(spec, tp))
-    qkv_bias = (spec.num_heads // tp + 2 * local_kv_heads(spec, tp)) * spec.head_dim if spec.qkv_bias else 0
-    o_bias = spec.hidden_size if spec.o_bias else 0
-    qk_norm = 2 * spec.head_dim if spec.qk_norm else 0
-    columns = (2 if spec.gated_mlp else 1) * spec.ffn_size // tp
-    mlp = columns * spec.hidden_size + spec.ffn_size // tp * spec.hidden_size
-    mlp_bias = columns + spec.hidden_size if spec.mlp_bias else 0
-    return attention + qkv_bias + o_bias + qk_norm + mlp + mlp_bias + 2 * _norm_params(spec)
+def _layer_bytes(spec: DecoderSpec, tp: int, form: WeightFormat) -> int:
+    hidden, ffn = spec.hidden_size, spec.ffn_size // tp
+    query, kv = (heads * spec.head_dim for heads in (spec.num_heads // tp, local_kv_heads(spec, tp)))
+    attention = form.linear(hidden, query + 2 * kv, bias=spec.qkv_bias) + form.linear(query, hidden, bias=spec.o_bias)
+    up = form.linear(hidden, ffn * (2 if spec.gated_mlp else 1), bias=spec.mlp_bias)
+    down = form.linear(ffn, hidden, bias=spec.mlp_bias)
+    norms = 2 * _norm_params(spec) + (2 * spec.head_dim if spec.qk_norm else 0)
+    return attention + up + down + form.others(norms)
 
 
 def _norm_params(spec: DecoderSpec) -> int:
     return spec.hidden_size * (2 if spec.norm == "layernorm" else 1)
 
 
+def kv_head_bytes(head_dim: int, form: str) -> int:
+    """Of one key or value of one head; int8 has a float32 scale beside it."""
+    return head_dim + 4 if form == "int8" else head_dim * DTYPE_BYTES[form]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What the number of parameters alone decides."""
+    """What the number of parameters alone decides; `shape_bytes` of the weights where the model's shape is known, and
+    with it the scales of int8 layers and what stays in 16 bits."""
 
     num_params: int
-    dtype: str
+    form: WeightFormat
     gpu_bytes: int
-
-    @property
-    def bytes_per_param(self) -> int:
-        return DTYPE_BYTES[self.dtype]
+    shape_bytes: int | None = None
 
     @property
     def weights_bytes(self) -> int:
-        return self.num_params * self.bytes_per_param
+        return self.shape_bytes if self.shape_bytes is not None else self.num_params * self.form.matrix_bytes
 
     @property
     def gpus(self) -> int:
@@ -139,8 +171,9 @@ class MemoryPlan:
     def as_json(self) -> dict[str, object]:
         return {
             "params": self.num_params,
-            "dtype": self.dtype,
-            "bytes_per_param": self.bytes_per_param,
+            "dtype": self.form.dtype,
+            "int8": self.form.int8,
+            "bytes_per_param": self.form.matrix_bytes,
             "weights_gb": self.weights_bytes / 1e9,
             "gpu_memory_gb": self.gpu_bytes / 1e9,
             "gpus": self.gpus,
@@ -158,13 +191,14 @@ class ModelPlan:
 
     spec: DecoderSpec
     memory: MemoryPlan
+    kv_dtype: str
     fraction: float
     context: int
     layouts: list[Layout]
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.spec.kv_bytes_per_token(self.memory.bytes_per_param)
+        return 2 * self.spec.num_layers * self.spec.num_kv_heads * kv_head_bytes(self.spec.head_dim, self.kv_dtype)
 
     @property
     def best(self) -> Layout | None:
@@ -181,6 +215,7 @@ class ModelPlan:
     def as_json(self) -> dict[str, object]:
         best = self.best
         return {
+            "kv_dtype": self.kv_dtype,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "context": self.context,
             "kv_gb_per_sequence": self.context * self.kv_bytes_per_token / 1e9,
@@ -213,18 +248,28 @@ class ModelPlan:
 
 
 def plan_model(
-    spec: DecoderSpec, *, dtype: str, gpu_bytes: int, fraction: float, context: int | None, max_gpus: int | None
+    spec: DecoderSpec,
+    *,
+    form: WeightFormat,
+    kv_dtype: str,
+    gpu_bytes: int,
+    fraction: float,
+    context: int | None,
+    max_gpus: int | None,
 ) -> ModelPlan:
     """`context` None: the model's longest. `max_gpus` None: 8, or twice what the weights need."""
-    memory = MemoryPlan(num_params=spec.num_params, dtype=dtype, gpu_bytes=gpu_bytes)
+    whole = max_rank_bytes(spec, 1, 1, form)
+    memory = MemoryPlan(num_params=spec.num_params, form=form, gpu_bytes=gpu_bytes, shape_bytes=whole)
     return ModelPlan(
         spec=spec,
         memory=memory,
+        kv_dtype=kv_dtype,
         fraction=fraction,
         context=context or spec.max_position_embeddings,
         layouts=even_layouts(
             spec,
-            dtype_bytes=memory.bytes_per_param,
+            form=form,
+            kv_dtype=kv_dtype,
             gpu_bytes=gpu_bytes,
             fraction=fraction,
             gpus=max_gpus or max(8, 2 * memory.gpus),

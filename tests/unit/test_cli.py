@@ -18,6 +18,7 @@ from rayllm.cli.options import EngineOptions
 from rayllm.core.config import SchedulerConfig
 from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
+from rayllm.models.quantization import write_quantization
 
 ENGINE = (
     "--tp --pp --dtype --quantize --max-model-len --kv-cache-memory --kv-cache-dtype --gpu-memory-fraction"
@@ -50,7 +51,10 @@ FROZEN = {
     "bench offline": f"model {ENGINE} {WORKLOAD} --repeats --against-transformers --json",
     "bench serve": f"{ENGINE} {WORKLOAD} --url --in-process --concurrency --json",
     "quantize": "model out --scheme --outliers --calibration --skip --json",
-    "plan": "model --params --dtype --gpu-memory --gpu-memory-fraction --context --max-gpus --json",
+    "plan": (
+        "model --params --dtype --quantize --kv-cache-dtype --gpu-memory --gpu-memory-fraction --context --max-gpus"
+        " --json"
+    ),
 }
 
 
@@ -136,6 +140,18 @@ def test_plan_json(rayllm):
     assert figures["weights_gb"] == 350.0
     assert figures["gpus"] == 5
     assert figures["training"] == {"bytes_per_param": 16, "state_gb": 2800.0, "gpus": 35}
+
+
+def test_plan_of_int8(rayllm, tiny_model: Path, tmp_path: Path):
+    result = rayllm("plan", tiny_model, "--quantize", "w8a8", "--kv-cache-dtype", "int8", "--json")
+    shown = json.loads(result.out)
+    assert (shown["int8"], shown["bytes_per_param"], shown["kv_dtype"]) == (True, 1, "int8")
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["quantization_config"] = write_quantization("w8a8", ignore=[])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = rayllm("plan", tmp_path)
+    assert result.status == 1
+    assert "is an int8 checkpoint; plan for the model that it was made of, with --quantize" in result.err
 
 
 def test_plan_table_shows_the_arithmetic(rayllm, tiny_model: Path):

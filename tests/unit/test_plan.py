@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayllm.cli.model_config import read_spec
-from rayllm.cli.planning import MemoryPlan, ModelPlan, even_layouts, max_rank_params, plan_model
+from rayllm.cli.planning import MemoryPlan, ModelPlan, WeightFormat, even_layouts, max_rank_bytes, plan_model
 from rayllm.core.errors import CheckpointError, ConfigError
+from rayllm.engine.kv_cache import KVLayout
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.families import spec_from_config
 from rayllm.parallel.load import load_shard
@@ -30,13 +31,15 @@ LLAMA = {
 
 
 def test_the_textbook_example():
-    plan = MemoryPlan(num_params=175_000_000_000, dtype="bfloat16", gpu_bytes=80_000_000_000)
+    plan = MemoryPlan(num_params=175_000_000_000, form=WeightFormat(dtype="bfloat16"), gpu_bytes=80_000_000_000)
     assert plan.weights_bytes == 350e9
     assert plan.gpus == 5
     assert plan.training_bytes == 2800e9
     assert plan.training_gpus == 35
-    assert MemoryPlan(num_params=40, dtype="float32", gpu_bytes=160).gpus == 1
-    assert MemoryPlan(num_params=41, dtype="float32", gpu_bytes=160).gpus == 2
+    float32, int8 = WeightFormat(dtype="float32"), WeightFormat(dtype="float32", int8=True)
+    assert MemoryPlan(num_params=40, form=float32, gpu_bytes=160).gpus == 1
+    assert MemoryPlan(num_params=41, form=float32, gpu_bytes=160).gpus == 2
+    assert MemoryPlan(num_params=175_000_000_000, form=int8, gpu_bytes=80_000_000_000).gpus == 3
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -44,25 +47,39 @@ def test_parameters_of_the_whole_model_are_those_of_transformers(case):
     config = tiny_config(case)
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    assert max_rank_params(spec_from_config(config), 1, 1) == reference.num_parameters()
+    bytes_of_params = 2 * reference.num_parameters()
+    assert max_rank_bytes(spec_from_config(config), 1, 1, WeightFormat(dtype="bfloat16")) == bytes_of_params
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (6, 1), (1, 3), (3, 3)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_largest_shard_is_the_one_that_is_loaded(make_tiny_model, tp, pp, tied):
+@pytest.mark.parametrize("scheme", [None, "w8a16"])
+def test_the_largest_shard_is_the_one_that_is_loaded(make_tiny_model, tp, pp, tied, scheme):
     """6 query heads and 3 KV heads, 3 layers, a vocabulary that does not divide: sizes as load_shard makes them."""
     directory = make_tiny_model(tie_word_embeddings=tied, intermediate_size=96)
     checkpoint = Checkpoint.open(directory)
     sizes = []
     for rank in range(tp * pp):
         mesh = Mesh(tp_rank=rank % tp, tp_size=tp, pp_rank=rank // tp, pp_size=pp)
-        shard = load_shard(checkpoint, mesh, dtype=torch.float32, device=torch.device("cpu"))
-        sizes.append(sum(parameter.numel() for parameter in shard.parameters()))
-    assert max_rank_params(checkpoint.spec, tp, pp) == max(sizes)
+        shard = load_shard(checkpoint, mesh, dtype=torch.float32, device=torch.device("cpu"), quantize=scheme)
+        sizes.append(sum(parameter.nbytes for parameter in shard.parameters()))
+    form = WeightFormat(dtype="float32", int8=scheme is not None)
+    assert max_rank_bytes(checkpoint.spec, tp, pp, form) == max(sizes)
+
+
+def test_a_token_in_the_cache_is_as_large_as_its_pages():
+    for dtype, kept in [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.int8)]:
+        plan = model_plan(kv_dtype=dtype)
+        layout = KVLayout(
+            layers=range(4), num_kv_heads=4, head_dim=8, block_size=16, dtype=kept, device=torch.device("cpu")
+        )
+        assert plan.kv_bytes_per_token * 16 == layout.block_bytes
 
 
 def test_layouts_divide_evenly():
-    layouts = even_layouts(spec_from_config(LLAMA), dtype_bytes=2, gpu_bytes=10**9, fraction=0.5, gpus=12)
+    form = WeightFormat(dtype="float16")
+    spec = spec_from_config(LLAMA)
+    layouts = even_layouts(spec, form=form, kv_dtype="float16", gpu_bytes=10**9, fraction=0.5, gpus=12)
     # 12 query heads, 4 KV heads, 240 ffn columns, 4 layers; TP 3 and 6 split the query heads but not the KV heads
     assert {(layout.tp, layout.pp) for layout in layouts} == {
         *((1, pp) for pp in (1, 2, 4)),
@@ -74,8 +91,9 @@ def test_layouts_divide_evenly():
 
 
 def model_plan(**changes) -> ModelPlan:
-    arguments = {"dtype": "float16", "gpu_bytes": 4 * 10**6, "fraction": 0.75, "context": 2048, "max_gpus": 4}
-    return plan_model(spec_from_config(LLAMA), **{**arguments, **changes})
+    arguments = {"gpu_bytes": 4 * 10**6, "fraction": 0.75, "context": 2048, "max_gpus": 4, "kv_dtype": "float16"}
+    form = WeightFormat(dtype="float16")
+    return plan_model(spec_from_config(LLAMA), form=form, **{**arguments, **changes})
 
 
 def test_what_fits():
