@@ -1,0 +1,201 @@
+"""Attention of packed sequences of any lengths, with gradients: for training, and for prompts that no cache precedes.
+
+Sequence b owns queries cu_seqlens_q_B1[b] to cu_seqlens_q_B1[b + 1] of `q_THE` and keys and values
+cu_seqlens_k_B1[b] to cu_seqlens_k_B1[b + 1] of `k_SKE` and `v_SKE`; both arrays begin with 0. Its queries are the last of its
+keys' tokens: with n queries and m keys, query i stands at position m - n + i. Query head h reads kv head h // (H // K).
+
+`causal`: a query sees the keys up to its own position, else all. `window` w, causal only: itself and the w - 1 before it.
+A query that sees no key gives zeros and a log-sum-exp of -inf; so do rows past the last sequence.
+"""
+
+import functools
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def flash_attention_reference(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    *,
+    cu_seqlens_q_B1: Tensor,
+    cu_seqlens_k_B1: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The contract in plain torch, on any device and under autograd -> (out_THE, lse_HT).
+
+    Computes and returns the log-sum-exp (natural) in float32, in float64 for float64.
+    """
+    wide = torch.promote_types(q_THE.dtype, torch.float32)
+    group = q_THE.shape[1] // k_SKE.shape[1]
+    outs, lses = [], []
+    queries_of, keys_of = pairwise(cu_seqlens_q_B1.tolist()), pairwise(cu_seqlens_k_B1.tolist())
+    for (q_start, q_stop), (k_start, k_stop) in zip(queries_of, keys_of, strict=True):
+        q_SHE = q_THE[q_start:q_stop].to(wide)
+        k, v = (x[k_start:k_stop].to(wide).repeat_interleave(group, dim=1) for x in (k_SKE, v_SKE))
+        scores_HSS = torch.einsum("qhe,she->hqs", q_SHE, k) * scale
+        if causal:
+            visible = _visible(q_stop - q_start, k_stop - k_start, window, q_THE.device)
+            scores_HSS = scores_HSS.masked_fill(~visible, -torch.inf)
+        lse_HS = scores_HSS.logsumexp(-1)
+        level_HS1 = lse_HS.masked_fill(lse_HS == -torch.inf, 0.0).unsqueeze(-1)
+        outs.append(torch.einsum("hqs,she->qhe", (scores_HSS - level_HS1).exp(), v).to(q_THE.dtype))
+        lses.append(lse_HS)
+    rest = q_THE.shape[0] - int(cu_seqlens_q_B1[-1])
+    outs.append(q_THE.new_zeros(rest, *q_THE.shape[1:]))
+    lses.append(q_THE.new_full((q_THE.shape[1], rest), -torch.inf, dtype=wide))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] boolean: what each query sees under causality."""
+    at = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    visible = key <= at
+    return visible if window is None else visible & (key > at - window)
+
+
+@functools.lru_cache(maxsize=2)  # one size of window as a rule, the same in all layers of a step
+def _window_mask(size: int, window: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # may be saved for a backward pass later
+        return _visible(size, size, window, device)
+
+
+def _by_sdpa(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    *,
+    cu_seqlens_q_B1: Tensor,
+    cu_seqlens_k_B1: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """The contract by torch's own attention, one sequence after another -> out_THE."""
+    q_HTE, k_KSE, v_KSE = q_THE.transpose(0, 1), k_SKE.transpose(0, 1), v_SKE.transpose(0, 1)
+    queries_of, keys_of = list(pairwise(cu_seqlens_q_B1.tolist())), list(pairwise(cu_seqlens_k_B1.tolist()))
+    longest = max((stop - start for start, stop in keys_of), default=0)
+    outputs = []
+    for (q_start, q_stop), (k_start, k_stop) in zip(queries_of, keys_of, strict=True):
+        queries, keys = q_stop - q_start, k_stop - k_start
+        blind = queries if keys == 0 else max(0, queries - keys) if causal else 0  # leading queries that see nothing
+        if blind > 0:
+            outputs.append(q_THE.new_zeros(blind, *q_THE.shape[1:]))
+        if blind == queries:
+            continue
+        queries -= blind
+        mask = None
+        if causal and window is not None and window < keys:
+            mask = _window_mask(longest, window, q_THE.device)[keys - queries : keys, :keys]
+        elif causal and queries != keys:
+            mask = _visible(queries, keys, None, q_THE.device)
+        out_1HSE = F.scaled_dot_product_attention(
+            q_HTE[None, :, q_start + blind : q_stop],
+            k_KSE[None, :, k_start:k_stop],
+            v_KSE[None, :, k_start:k_stop],
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scale,
+            enable_gqa=q_THE.shape[1] != k_SKE.shape[1],
+        )
+        outputs.append(out_1HSE[0].transpose(0, 1))
+    rest = q_THE.shape[0] - queries_of[-1][1] if queries_of else q_THE.shape[0]
+    if rest > 0:
+        outputs.append(q_THE.new_zeros(rest, *q_THE.shape[1:]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.zeros_like(q_THE)
+
+
+def _check(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, causal: bool, window: int | None) -> None:
+    heads, kv_heads = q_THE.shape[1], k_SKE.shape[1]
+    if k_SKE.shape != v_SKE.shape or q_THE.shape[2] != k_SKE.shape[2]:
+        shapes = f"q {tuple(q_THE.shape)}, k {tuple(k_SKE.shape)}, v {tuple(v_SKE.shape)}"
+        raise ValueError(f"k and v must have one shape, and q their head size: {shapes}")
+    if heads % kv_heads != 0:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} kv heads evenly")
+    if not q_THE.dtype == k_SKE.dtype == v_SKE.dtype:
+        raise ValueError(f"q, k and v must have one dtype, not {q_THE.dtype}, {k_SKE.dtype} and {v_SKE.dtype}")
+    if scale <= 0:
+        raise ValueError(f"the scale of attention must be positive, not {scale}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window needs causal attention and at least 1 key; got window={window}, causal={causal}")
+
+
+def flash_attention(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    *,
+    cu_seqlens_q_B1: Tensor,
+    cu_seqlens_k_B1: Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """Attend as the module says -> out_THE, in q's dtype; gradients for q, k and v.
+
+    On CUDA in float16 and bfloat16, head_dim at most 256: one Triton kernel, which reads nothing back from the device and
+    needs cu_seqlens as int32. Elsewhere torch's own attention, a call per sequence.
+    """
+    _check(q_THE, k_SKE, v_SKE, scale, causal, window)
+    if takes_triton(q_THE):
+        return flash_attention_with_lse(
+            q_THE,
+            k_SKE,
+            v_SKE,
+            cu_seqlens_q_B1=cu_seqlens_q_B1,
+            cu_seqlens_k_B1=cu_seqlens_k_B1,
+            scale=scale,
+            causal=causal,
+            window=window,
+        )[0]
+    return _by_sdpa(
+        q_THE,
+        k_SKE,
+        v_SKE,
+        cu_seqlens_q_B1=cu_seqlens_q_B1,
+        cu_seqlens_k_B1=cu_seqlens_k_B1,
+        scale=scale,
+        causal=causal,
+        window=window,
+    )
+
+
+def flash_attention_with_lse(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    *,
+    cu_seqlens_q_B1: Tensor,
+    cu_seqlens_k_B1: Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-> (out_THE, lse_HT): also the natural log of each row's sum of e**score, by which partial results over disjoint
+    keys merge. Both are differentiable. Without Triton by the reference, whose scores take T x S memory per head."""
+    _check(q_THE, k_SKE, v_SKE, scale, causal, window)
+    if takes_triton(q_THE):
+        from rayllm_kernels.gpu.flash_attention import attend
+
+        return attend(q_THE, k_SKE, v_SKE, cu_seqlens_q_B1, cu_seqlens_k_B1, scale, causal, window)
+    return flash_attention_reference(
+        q_THE,
+        k_SKE,
+        v_SKE,
+        cu_seqlens_q_B1=cu_seqlens_q_B1,
+        cu_seqlens_k_B1=cu_seqlens_k_B1,
+        scale=scale,
+        causal=causal,
+        window=window,
+    )
+
+
+def takes_triton(q_THE: Tensor) -> bool:
+    """Whether the Triton kernels serve these queries."""
+    return q_THE.is_cuda and q_THE.dtype in (torch.float16, torch.bfloat16) and q_THE.shape[2] <= 256
