@@ -1,10 +1,11 @@
 """Attention of packed sequences of any lengths, with gradients: for training, and for prompts that no cache precedes.
 
 Sequence b owns queries cu_seqlens_q_B1[b] to cu_seqlens_q_B1[b + 1] of `q_THE` and keys and values
-cu_seqlens_k_B1[b] to cu_seqlens_k_B1[b + 1] of `k_SKE` and `v_SKE`; both arrays begin with 0. Its queries are the last of its
-keys' tokens: with n queries and m keys, query i stands at position m - n + i. Query head h reads kv head h // (H // K).
+cu_seqlens_k_B1[b] to cu_seqlens_k_B1[b + 1] of `k_SKE` and `v_SKE`; both arrays begin with 0. Its queries are the last
+of its keys' tokens: with n queries and m keys, query i stands at position m - n + i. Query head h reads kv head
+h // (H // K).
 
-`causal`: a query sees the keys up to its own position, else all. `window` w, causal only: itself and the w - 1 before it.
+`causal`: a query sees the keys up to its own position, else all. `window` w, causal only: itself and the w - 1 before.
 A query that sees no key gives zeros and a log-sum-exp of -inf; so do rows past the last sequence.
 """
 
@@ -139,8 +140,8 @@ def flash_attention(
 ) -> Tensor:
     """Attend as the module says -> out_THE, in q's dtype; gradients for q, k and v.
 
-    On CUDA in float16 and bfloat16, head_dim at most 256: one Triton kernel, which reads nothing back from the device and
-    needs cu_seqlens as int32. Elsewhere torch's own attention, a call per sequence.
+    On CUDA in float16 and bfloat16, head_dim at most 256: one Triton kernel, which reads nothing back from the device
+    and needs cu_seqlens as int32. Elsewhere torch's own attention, a call per sequence.
     """
     _check(q_THE, k_SKE, v_SKE, scale, causal, window)
     if takes_triton(q_THE):

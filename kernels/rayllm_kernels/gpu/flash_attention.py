@@ -46,8 +46,8 @@ def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int, *, warp_sp
     )
 
 
-# By padded head size, for sm_90. The first of each is used; the others are what `kernels/bench/flash_attention.py` tries,
-# because which is fastest has not been measured yet.
+# By padded head size, for sm_90. The first of each is used; the others are candidates: which is fastest has not been
+# measured yet, on any GPU.
 FORWARD: dict[int, tuple[Tiling, ...]] = {
     64: (_tma(128, 128, 8, 2), _tma(128, 64, 4, 3), _tma(64, 128, 4, 2, warp_specialize=True)),
     128: (_tma(128, 128, 8, 2), _tma(128, 64, 8, 3), _tma(64, 128, 4, 2, warp_specialize=True)),
@@ -80,8 +80,8 @@ def tiling(table: dict[int, tuple[Tiling, ...]], x: Tensor) -> Tiling:
 
 
 def _readable(x_THE: Tensor, tma: bool) -> Tensor:
-    """x, or a copy where the kernel cannot read it: rows need not lie dense, but the head size has to, and the TMA unit wants
-    multiples of 16 bytes and heads one behind another."""
+    """x, or a copy where the kernel cannot read it: rows need not lie dense, but the head size has to, and the TMA unit
+    wants multiples of 16 bytes and heads one behind another."""
     fits = x_THE.stride(2) == 1
     if tma:
         fits = fits and x_THE.stride(1) == x_THE.shape[2]
@@ -90,8 +90,8 @@ def _readable(x_THE: Tensor, tma: bool) -> Tensor:
 
 
 def describe(x_THE: Tensor, rows: int, tma: bool) -> Any:
-    """What a kernel takes x as: x itself, or its descriptor in tiles of `rows`. A head size that is no power of two needs
-    three dimensions, so that the columns past it read as zeros and not as the next head."""
+    """What a kernel takes x as: x itself, or its descriptor in tiles of `rows`. A head size that is no power of two
+    needs three dimensions, so that the columns past it read as zeros and not as the next head."""
     if not tma:
         return x_THE
     tokens, heads, head_dim = x_THE.shape

@@ -1,9 +1,9 @@
 """Flash attention, backward (Dao 2023): weights are computed again from the log-sum-exp, never stored.
 
 With P the weights, dP = dO V^T, delta = rowsum(dO * O) - dLSE and dS = P * (dP - delta):
-dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q. One kernel takes delta, one owns tiles of keys and walks over all queries
-that see them (dK, dV), one owns tiles of queries and walks over their keys (dQ). Each result has one writer, which
-adds in a fixed order, so gradients are the same bit by bit in every run. The price is computing P and dP twice.
+dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q. One kernel takes delta, one owns tiles of keys and walks over all
+queries that see them (dK, dV), one owns tiles of queries and walks over their keys (dQ). Each result has one writer,
+which adds in a fixed order, so gradients are the same bit by bit in every run. The price is computing P and dP twice.
 """
 
 import triton

@@ -62,10 +62,8 @@ def _attend(
             key = begin + tl.arange(0, BLOCK_N)
             scores = tl.where(sees(at[:, None], key[None, :], keys, window, CAUSAL, WINDOW), scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
-        if MASKED:  # a row that has seen nothing yet: -inf less -inf is no number
-            level = tl.where(raised == float("-inf"), 0.0, raised)
-        else:
-            level = raised
+        # -inf less -inf is no number: the level of a row that has seen nothing yet is 0
+        level = tl.where(raised == float("-inf"), 0.0, raised) if MASKED else raised
         weights = tl.exp2(scores * scale_log2 - level[:, None])
         decay = tl.exp2(highest - level)
         total = total * decay + tl.sum(weights, 1)
