@@ -184,7 +184,8 @@ def flash_attention_with_lse(
     if takes_triton(q_THE):
         from rayllm_kernels.gpu.flash_attention import attend
 
-        return attend(q_THE, k_SKE, v_SKE, cu_seqlens_q_B1, cu_seqlens_k_B1, scale, causal, window)
+        out_THE, lse_HT = attend(q_THE, k_SKE, v_SKE, cu_seqlens_q_B1, cu_seqlens_k_B1, scale, causal, window)
+        return out_THE, lse_HT
     return flash_attention_reference(
         q_THE,
         k_SKE,

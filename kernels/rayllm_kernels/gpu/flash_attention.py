@@ -69,7 +69,7 @@ PORTABLE = Tiling(block_m=64, block_n=32, num_warps=4, num_stages=2, tma=False)
 
 def block_e(head_dim: int) -> int:
     """Columns of a tile: Triton's are powers of two."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def tiling(table: dict[int, tuple[Tiling, ...]], x: Tensor) -> Tiling:
