@@ -44,16 +44,26 @@ class ForwardContext(Protocol):
 
 
 class DenseContext:
-    """Whole sequences packed one after another: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
+    """Whole sequences packed one after another: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], and sees no
+    other. cu_seqlens begins with 0 and ends with T; a batch's padding is one more sequence, whose results mean nothing.
 
     Differentiable, keeps nothing between calls except masks.
     """
 
     def __init__(self, cu_seqlens: Sequence[int]) -> None:
         self._bounds = list(pairwise(cu_seqlens))
+        if not self._bounds or cu_seqlens[0] != 0 or any(stop < start for start, stop in self._bounds):
+            raise ValueError(f"cu_seqlens must be 0 and then where each sequence ends, ascending; got {[*cu_seqlens]}")
         lengths = torch.tensor([stop - start for start, stop in self._bounds])
         self._lengths_T = lengths.repeat_interleave(lengths)
-        self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._positions_T = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        self._longest = int(lengths.max())
+        self._masks: dict[tuple[int, torch.device], Tensor] = {}
+
+    @property
+    def positions_T(self) -> Tensor:
+        """[T] int64 on CPU: where each token stands in its sequence, for the decoder."""
+        return self._positions_T
 
     @property
     def rope_lengths_T(self) -> Tensor | None:
@@ -72,6 +82,8 @@ class DenseContext:
     ) -> Tensor:
         if rotation is not None:
             q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
+        if q_THE.shape[0] != len(self._positions_T):
+            raise ValueError(f"{q_THE.shape[0]} tokens came to a context of {len(self._positions_T)}")
         q_HTE, k_KTE, v_KTE = q_THE.transpose(0, 1), k_TKE.transpose(0, 1), v_TKE.transpose(0, 1)
         outputs = []
         for start, stop in self._bounds:
@@ -89,11 +101,11 @@ class DenseContext:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _mask(self, length: int, window: int | None, device: torch.device) -> Tensor | None:
-        """[S, S] boolean, True where a query may look; None: plain causal."""
+        """[S, S] boolean, True where a query may look; None: plain causal. Part of the longest sequence's mask: packs
+        hold sequences of many lengths."""
         if window is None or window >= length:
             return None
-        key = (length, window, device)
-        if key not in self._masks:
-            all_true = torch.ones(length, length, dtype=torch.bool, device=device)
-            self._masks[key] = all_true.tril() & all_true.triu(1 - window)
-        return self._masks[key]
+        if (window, device) not in self._masks:
+            all_true = torch.ones(self._longest, self._longest, dtype=torch.bool, device=device)
+            self._masks[window, device] = all_true.tril() & all_true.triu(1 - window)
+        return self._masks[window, device][:length, :length]
