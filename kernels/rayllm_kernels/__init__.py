@@ -3,6 +3,11 @@
 Knows nothing of requests, schedulers or processes; every function takes tensors and numbers.
 """
 
+from rayllm_kernels.flash_attention import (
+    flash_attention,
+    flash_attention_reference,
+    flash_attention_with_lse,
+)
 from rayllm_kernels.fused_linear_cross_entropy import (
     fused_linear_cross_entropy,
     fused_linear_cross_entropy_reference,
@@ -30,6 +35,9 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_reference",
     "compile_kernels",
+    "flash_attention",
+    "flash_attention_reference",
+    "flash_attention_with_lse",
     "fused_linear_cross_entropy",
     "fused_linear_cross_entropy_reference",
     "linear",

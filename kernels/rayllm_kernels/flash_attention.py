@@ -1,9 +1,10 @@
 """Attention of packed sequences of any lengths, with gradients: for training, and for prompts that no cache precedes.
 
-Sequence b owns queries cu_seqlens_q_B1[b] to cu_seqlens_q_B1[b + 1] of `q_THE` and keys and values
-cu_seqlens_k_B1[b] to cu_seqlens_k_B1[b + 1] of `k_SKE` and `v_SKE`; both arrays begin with 0. Its queries are the last
-of its keys' tokens: with n queries and m keys, query i stands at position m - n + i. Query head h reads kv head
-h // (H // K).
+T queries and S keys in all, H query heads, K kv heads, E head_dim. `cu_seqlens_q_B1` and `cu_seqlens_k_B1`: int32 on
+q's device, 0 and then where each of the B sequences ends, never descending, at most T and S. Sequence b owns queries
+cu_seqlens_q_B1[b] to cu_seqlens_q_B1[b + 1] of `q_THE` and keys and values cu_seqlens_k_B1[b] to cu_seqlens_k_B1[b + 1]
+of `k_SKE` and `v_SKE`. Its queries are the last of its keys' tokens: with n queries and m keys, query i stands at
+position m - n + i. Query head h reads kv head h // (H // K).
 
 `causal`: a query sees the keys up to its own position, else all. `window` w, causal only: itself and the w - 1 before.
 A query that sees no key gives zeros and a log-sum-exp of -inf; so do rows past the last sequence.
@@ -15,6 +16,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rayllm_kernels.dispatch import on_triton
+
+MAX_HEAD_DIM = 256  # of the Triton kernels
 
 
 def flash_attention_reference(
@@ -112,7 +117,16 @@ def _by_sdpa(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.zeros_like(q_THE)
 
 
-def _check(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, causal: bool, window: int | None) -> None:
+def _check(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    cu_seqlens_q_B1: Tensor,
+    cu_seqlens_k_B1: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> None:
     heads, kv_heads = q_THE.shape[1], k_SKE.shape[1]
     if k_SKE.shape != v_SKE.shape or q_THE.shape[2] != k_SKE.shape[2]:
         shapes = f"q {tuple(q_THE.shape)}, k {tuple(k_SKE.shape)}, v {tuple(v_SKE.shape)}"
@@ -121,10 +135,21 @@ def _check(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, causal: bo
         raise ValueError(f"{heads} query heads cannot share {kv_heads} kv heads evenly")
     if not q_THE.dtype == k_SKE.dtype == v_SKE.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q_THE.dtype}, {k_SKE.dtype} and {v_SKE.dtype}")
+    if cu_seqlens_q_B1.shape != cu_seqlens_k_B1.shape or cu_seqlens_q_B1.dim() != 1:
+        shapes = f"{tuple(cu_seqlens_q_B1.shape)} and {tuple(cu_seqlens_k_B1.shape)}"
+        raise ValueError(f"the cu_seqlens of queries and keys must be of the same sequences; their shapes are {shapes}")
+    if not cu_seqlens_q_B1.dtype == cu_seqlens_k_B1.dtype == torch.int32:
+        raise ValueError(f"cu_seqlens must be int32, not {cu_seqlens_q_B1.dtype} and {cu_seqlens_k_B1.dtype}")
     if scale <= 0:
         raise ValueError(f"the scale of attention must be positive, not {scale}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window needs causal attention and at least 1 key; got window={window}, causal={causal}")
+
+
+def _by_triton(q_THE: Tensor) -> bool:
+    """float32 is left to torch: tensor cores would cut its products to 10 bits."""
+    is_served = q_THE.dtype in (torch.float16, torch.bfloat16) and q_THE.shape[2] <= MAX_HEAD_DIM
+    return is_served and on_triton("flash_attention", q_THE)
 
 
 def flash_attention(
@@ -140,21 +165,15 @@ def flash_attention(
 ) -> Tensor:
     """Attend as the module says -> out_THE, in q's dtype; gradients for q, k and v.
 
-    On CUDA in float16 and bfloat16, head_dim at most 256: one Triton kernel, which reads nothing back from the device
-    and needs cu_seqlens as int32. Elsewhere torch's own attention, a call per sequence.
+    On CUDA in float16 and bfloat16, head_dim at most 256: Triton kernels, which read nothing back from the device and
+    give the same bits in every run, gradients too. Elsewhere torch's own attention, a call per sequence.
     """
-    _check(q_THE, k_SKE, v_SKE, scale, causal, window)
-    if takes_triton(q_THE):
-        return flash_attention_with_lse(
-            q_THE,
-            k_SKE,
-            v_SKE,
-            cu_seqlens_q_B1=cu_seqlens_q_B1,
-            cu_seqlens_k_B1=cu_seqlens_k_B1,
-            scale=scale,
-            causal=causal,
-            window=window,
-        )[0]
+    _check(q_THE, k_SKE, v_SKE, cu_seqlens_q_B1, cu_seqlens_k_B1, scale, causal, window)
+    if _by_triton(q_THE):
+        from rayllm_kernels.gpu.flash_attention import attend
+
+        out_THE: Tensor = attend(q_THE, k_SKE, v_SKE, cu_seqlens_q_B1, cu_seqlens_k_B1, scale, causal, window)[0]
+        return out_THE
     return _by_sdpa(
         q_THE,
         k_SKE,
@@ -180,8 +199,8 @@ def flash_attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """-> (out_THE, lse_HT): also the natural log of each row's sum of e**score, by which partial results over disjoint
     keys merge. Both are differentiable. Without Triton by the reference, whose scores take T x S memory per head."""
-    _check(q_THE, k_SKE, v_SKE, scale, causal, window)
-    if takes_triton(q_THE):
+    _check(q_THE, k_SKE, v_SKE, cu_seqlens_q_B1, cu_seqlens_k_B1, scale, causal, window)
+    if _by_triton(q_THE):
         from rayllm_kernels.gpu.flash_attention import attend
 
         out_THE, lse_HT = attend(q_THE, k_SKE, v_SKE, cu_seqlens_q_B1, cu_seqlens_k_B1, scale, causal, window)
@@ -196,8 +215,3 @@ def flash_attention_with_lse(
         causal=causal,
         window=window,
     )
-
-
-def takes_triton(q_THE: Tensor) -> bool:
-    """Whether the Triton kernels serve these queries."""
-    return q_THE.is_cuda and q_THE.dtype in (torch.float16, torch.bfloat16) and q_THE.shape[2] <= 256

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from rayllm.models.rope import Rotation
+from rayllm_kernels import flash_attention
 
 
 class ForwardContext(Protocol):
@@ -47,18 +47,17 @@ class DenseContext:
     """Whole sequences packed one after another: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], and sees no
     other. cu_seqlens begins with 0 and ends with T; a batch's padding is one more sequence, whose results mean nothing.
 
-    Differentiable, keeps nothing between calls except masks.
+    Differentiable, keeps nothing between calls.
     """
 
     def __init__(self, cu_seqlens: Sequence[int]) -> None:
-        self._bounds = list(pairwise(cu_seqlens))
-        if not self._bounds or cu_seqlens[0] != 0 or any(stop < start for start, stop in self._bounds):
+        lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+        if not lengths or cu_seqlens[0] != 0 or min(lengths) < 0:
             raise ValueError(f"cu_seqlens must be 0 and then where each sequence ends, ascending; got {[*cu_seqlens]}")
-        lengths = torch.tensor([stop - start for start, stop in self._bounds])
-        self._lengths_T = lengths.repeat_interleave(lengths)
-        self._positions_T = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        self._longest = int(lengths.max())
-        self._masks: dict[tuple[int, torch.device], Tensor] = {}
+        lengths_B = torch.tensor(lengths)
+        self._lengths_T = lengths_B.repeat_interleave(lengths_B)
+        self._positions_T = torch.cat([torch.arange(length) for length in lengths])
+        self._cu_seqlens_B1 = torch.tensor(cu_seqlens, dtype=torch.int32)
 
     @property
     def positions_T(self) -> Tensor:
@@ -84,28 +83,14 @@ class DenseContext:
             q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
         if q_THE.shape[0] != len(self._positions_T):
             raise ValueError(f"{q_THE.shape[0]} tokens came to a context of {len(self._positions_T)}")
-        q_HTE, k_KTE, v_KTE = q_THE.transpose(0, 1), k_TKE.transpose(0, 1), v_TKE.transpose(0, 1)
-        outputs = []
-        for start, stop in self._bounds:
-            mask = self._mask(stop - start, window, q_THE.device)
-            out_1HSE = scaled_dot_product_attention(
-                q_HTE[None, :, start:stop],
-                k_KTE[None, :, start:stop],
-                v_KTE[None, :, start:stop],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
-            )
-            outputs.append(out_1HSE[0].transpose(0, 1))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _mask(self, length: int, window: int | None, device: torch.device) -> Tensor | None:
-        """[S, S] boolean, True where a query may look; None: plain causal. Part of the longest sequence's mask: packs
-        hold sequences of many lengths."""
-        if window is None or window >= length:
-            return None
-        if (window, device) not in self._masks:
-            all_true = torch.ones(self._longest, self._longest, dtype=torch.bool, device=device)
-            self._masks[window, device] = all_true.tril() & all_true.triu(1 - window)
-        return self._masks[window, device][:length, :length]
+        if self._cu_seqlens_B1.device != q_THE.device:  # one copy, not one for each layer
+            self._cu_seqlens_B1 = self._cu_seqlens_B1.to(q_THE.device)
+        return flash_attention(
+            q_THE,
+            k_TKE,
+            v_TKE,
+            cu_seqlens_q_B1=self._cu_seqlens_B1,
+            cu_seqlens_k_B1=self._cu_seqlens_B1,
+            scale=scale,
+            window=window,
+        )

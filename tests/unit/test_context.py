@@ -53,7 +53,8 @@ def test_a_sequence_gives_the_same_bits_alone(window: int | None) -> None:
     packed, context = inputs(torch.float32), DenseContext(CU_SEQLENS)
     out = attend(context, *packed, window)
     out.sum().backward()
-    for start, stop in pairwise(CU_SEQLENS):
+    bounds = [(start, stop) for start, stop in pairwise(CU_SEQLENS) if start < stop]
+    for start, stop in bounds:
         alone = [x.detach()[start:stop].clone().requires_grad_() for x in packed]
         q, k, v = alone
         result = attend(DenseContext([0, stop - start]), q, k, v, window)

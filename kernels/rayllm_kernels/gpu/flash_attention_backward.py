@@ -109,7 +109,7 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sequences", "query_rows", "key_rows", "window"])
+@triton.jit(do_not_specialize=["sequences", "query_rows", "key_rows", "window", "group"])
 def flash_attention_dkdv_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -125,6 +125,7 @@ def flash_attention_dkdv_kernel(
     query_rows: tl.tensor,
     key_rows: tl.tensor,
     window: tl.tensor,
+    group: tl.tensor,
     scale: tl.tensor,
     q_row_stride: tl.tensor,
     q_head_stride: tl.tensor,
@@ -135,7 +136,6 @@ def flash_attention_dkdv_kernel(
     dout_row_stride: tl.tensor,
     dout_head_stride: tl.tensor,
     dk_row_stride: tl.tensor,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -171,8 +171,8 @@ def flash_attention_dkdv_kernel(
     )  # fmt: skip
     dk_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
+    for member in range(group):
+        head = kv_head * group + member
         lse_head = lse + head.to(tl.int64) * query_rows + q_start
         delta_head = delta + head.to(tl.int64) * query_rows + q_start
         dk_tile, dv_tile = _walk_queries(
@@ -223,20 +223,20 @@ def _walk_keys(
         )  # fmt: skip
         v_tile = load_tile(
             v, k_start + begin, kv_head, left, v_row_stride, v_head_stride,
-            BLOCK_N, HEAD_DIM, BLOCK_E, TMA, MASKED,
+            BLOCK_N, HEAD_DIM, BLOCK_E, TMA, MASKED and not TMA,
         )  # fmt: skip
         scores = tl.dot(q_tile, k_tile.T)
         dweights = tl.dot(do_tile, v_tile.T)
         weights = tl.exp2(scores * scale_log2 - lse_tile[:, None])
+        dscores = weights * (dweights - delta_tile[:, None])
         if MASKED:
             key = begin + tl.arange(0, BLOCK_N)
-            weights = tl.where(sees(at[:, None], key[None, :], keys, window, CAUSAL, WINDOW), weights, 0.0)
-        dscores = weights * (dweights - delta_tile[:, None])
+            dscores = tl.where(sees(at[:, None], key[None, :], keys, window, CAUSAL, WINDOW), dscores, 0.0)
         dq = tl.dot(dscores.to(k_tile.dtype), k_tile, dq)
     return dq
 
 
-@triton.jit(do_not_specialize=["sequences", "query_rows", "window"])
+@triton.jit(do_not_specialize=["sequences", "query_rows", "window", "group"])
 def flash_attention_dq_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -250,6 +250,7 @@ def flash_attention_dq_kernel(
     sequences: tl.tensor,
     query_rows: tl.tensor,
     window: tl.tensor,
+    group: tl.tensor,
     scale: tl.tensor,
     q_row_stride: tl.tensor,
     q_head_stride: tl.tensor,
@@ -260,7 +261,6 @@ def flash_attention_dq_kernel(
     dout_row_stride: tl.tensor,
     dout_head_stride: tl.tensor,
     dq_row_stride: tl.tensor,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -297,17 +297,17 @@ def flash_attention_dq_kernel(
     dq_tile = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     if WINDOW:
         dq_tile = _walk_keys(
-            dq_tile, q_tile, do_tile, lse_tile, delta_tile, k, v, begin, full_begin, at, k_start, keys, head // GROUP,
+            dq_tile, q_tile, do_tile, lse_tile, delta_tile, k, v, begin, full_begin, at, k_start, keys, head // group,
             window, scale * LOG2E, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
             HEAD_DIM, BLOCK_E, BLOCK_N, CAUSAL, WINDOW, TMA, True,
         )  # fmt: skip
     dq_tile = _walk_keys(
-        dq_tile, q_tile, do_tile, lse_tile, delta_tile, k, v, full_begin, full_end, at, k_start, keys, head // GROUP,
+        dq_tile, q_tile, do_tile, lse_tile, delta_tile, k, v, full_begin, full_end, at, k_start, keys, head // group,
         window, scale * LOG2E, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
         HEAD_DIM, BLOCK_E, BLOCK_N, CAUSAL, WINDOW, TMA, False,
     )  # fmt: skip
     dq_tile = _walk_keys(
-        dq_tile, q_tile, do_tile, lse_tile, delta_tile, k, v, full_end, end, at, k_start, keys, head // GROUP,
+        dq_tile, q_tile, do_tile, lse_tile, delta_tile, k, v, full_end, end, at, k_start, keys, head // group,
         window, scale * LOG2E, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
         HEAD_DIM, BLOCK_E, BLOCK_N, CAUSAL, WINDOW, TMA, True,
     )  # fmt: skip

@@ -77,7 +77,7 @@ def _attend(
     return acc, total, highest
 
 
-@triton.jit(do_not_specialize=["sequences", "query_rows", "window"])
+@triton.jit(do_not_specialize=["sequences", "query_rows", "window", "group"])
 def flash_attention_forward_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -89,6 +89,7 @@ def flash_attention_forward_kernel(
     sequences: tl.tensor,
     query_rows: tl.tensor,
     window: tl.tensor,
+    group: tl.tensor,
     scale_log2: tl.tensor,
     q_row_stride: tl.tensor,
     q_head_stride: tl.tensor,
@@ -97,7 +98,6 @@ def flash_attention_forward_kernel(
     v_row_stride: tl.tensor,
     v_head_stride: tl.tensor,
     out_row_stride: tl.tensor,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -129,24 +129,24 @@ def flash_attention_forward_kernel(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if WARP_SPECIALIZE:
         acc, total, highest = _attend(
-            acc, total, highest, q_tile, k, v, begin, end, at, k_start, keys, head // GROUP, window, scale_log2,
+            acc, total, highest, q_tile, k, v, begin, end, at, k_start, keys, head // group, window, scale_log2,
             k_row_stride, k_head_stride, v_row_stride, v_head_stride,
             HEAD_DIM, BLOCK_E, BLOCK_N, CAUSAL, WINDOW, TMA, True, True,
         )  # fmt: skip
     else:
         if WINDOW:
             acc, total, highest = _attend(
-                acc, total, highest, q_tile, k, v, begin, full_begin, at, k_start, keys, head // GROUP, window,
+                acc, total, highest, q_tile, k, v, begin, full_begin, at, k_start, keys, head // group, window,
                 scale_log2, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
                 HEAD_DIM, BLOCK_E, BLOCK_N, CAUSAL, WINDOW, TMA, True, False,
             )  # fmt: skip
         acc, total, highest = _attend(
-            acc, total, highest, q_tile, k, v, full_begin, full_end, at, k_start, keys, head // GROUP, window,
+            acc, total, highest, q_tile, k, v, full_begin, full_end, at, k_start, keys, head // group, window,
             scale_log2, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
             HEAD_DIM, BLOCK_E, BLOCK_N, CAUSAL, WINDOW, TMA, False, False,
         )  # fmt: skip
         acc, total, highest = _attend(
-            acc, total, highest, q_tile, k, v, full_end, end, at, k_start, keys, head // GROUP, window,
+            acc, total, highest, q_tile, k, v, full_end, end, at, k_start, keys, head // group, window,
             scale_log2, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
             HEAD_DIM, BLOCK_E, BLOCK_N, CAUSAL, WINDOW, TMA, True, False,
         )  # fmt: skip

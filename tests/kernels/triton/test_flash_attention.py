@@ -1,129 +1,32 @@
-"""The Triton kernels of flash attention in the interpreter, against attention in float64, one query at a time.
-
-Tolerance: FlashAttention's own rule. The error may be at most twice that of the same maths by torch in the low
-precision, plus a few roundings of outputs of order one.
-"""
-
-import math
-from dataclasses import dataclass
+"""The Triton kernels of flash attention in the interpreter, forward and gradients, against float64."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from rayllm_kernels.flash_attention import flash_attention_reference
-from rayllm_kernels.gpu.flash_attention import PORTABLE, Tiling, attend, backward, forward
+from rayllm_kernels.gpu.flash_attention import Pattern, attend, backward, forward
+from rayllm_kernels.gpu.flash_attention_configs import PORTABLE, Tiling
+from tests.kernels.flash_cases import RAGGED, Case, check, dense, make_case
 
 # numpy says what a GPU does silently with rows that nobody owns, whose results are not stored.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 SMALL = Tiling(block_m=16, block_n=32, num_warps=4, num_stages=2, tma=False)
 DESCRIPTORS = Tiling(block_m=32, block_n=16, num_warps=4, num_stages=2, tma=True)
 SPECIALISED = Tiling(block_m=16, block_n=16, num_warps=4, num_stages=2, tma=True, warp_specialize=True)
 
 
-@dataclass(kw_only=True)
-class Case:
-    """Packed inputs, with unowned rows behind them, and gradients for what comes out."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    dlse: Tensor
-    starts: tuple[Tensor, Tensor]
-    causal: bool
-    window: int | None
-
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.q.shape[2])
-
-    @property
-    def arguments(self) -> tuple[object, ...]:
-        return *self.starts, self.scale, self.causal, self.window
-
-
-def make_case(
-    lengths: list[tuple[int, int]],
-    *,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 64,
-    causal: bool = True,
-    window: int | None = None,
-    dtype: torch.dtype = torch.float16,
-    pads: int = 3,
-) -> Case:
-    """`lengths`: (queries, keys) of each sequence."""
-    torch.manual_seed(heads * 100 + head_dim + len(lengths))
-    queries, keys = ([0, *torch.tensor(x).cumsum(0).tolist()] for x in zip(*lengths, strict=True))
-
-    def packed(rows: int, count: int) -> Tensor:
-        x = torch.randn(rows + pads, count, head_dim).to(dtype)
-        x[rows:] = torch.nan  # nobody's rows may reach a result
-        return x
-
-    return Case(
-        q=packed(queries[-1], heads),
-        k=packed(keys[-1], kv_heads),
-        v=packed(keys[-1], kv_heads),
-        dout=packed(queries[-1], heads),
-        dlse=torch.randn(heads, queries[-1] + pads),
-        starts=(torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32)),
-        causal=causal,
-        window=window,
-    )
-
-
-def dense(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(out, lse, dq, dk, dv) by the softmax's definition, one query and head at a time, wholly in `dtype`."""
-    q, k, v = (x.to(dtype).nan_to_num().requires_grad_() for x in (case.q, case.k, case.v))
-    group = q.shape[1] // k.shape[1]
-    out = torch.zeros(q.shape, dtype=dtype)
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
-    for b in range(case.starts[0].shape[0] - 1):
-        (q_start, q_stop), (k_start, k_stop) = (x[b : b + 2].tolist() for x in case.starts)
-        for i in range(q_start, q_stop):
-            at = k_stop - k_start - (q_stop - i)
-            last = at + 1 if case.causal else k_stop - k_start
-            first = 0 if case.window is None else max(0, at - case.window + 1)
-            if last <= first:
-                continue
-            for h in range(q.shape[1]):
-                sees = slice(k_start + first, k_start + last)
-                scores = (k[sees, h // group] @ q[i, h]) * case.scale
-                out[i, h] = scores.softmax(0) @ v[sees, h // group]
-                lse[h, i] = scores.logsumexp(0)
-    owned = lse > -torch.inf
-    loss = (out * case.dout.nan_to_num().to(dtype)).sum() + (lse[owned] * case.dlse[owned].to(dtype)).sum()
-    return out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v), allow_unused=False)
-
-
-def check(result: Tensor, exact: Tensor, low: Tensor, dtype: torch.dtype) -> None:
-    assert not result.isnan().any()
-    finite = exact > -torch.inf
-    assert torch.equal(result > -torch.inf, finite)
-    error = (result.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
-    of_torch = (low.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
-    assert error <= 2 * of_torch + ROUNDING[dtype] * max(1.0, exact[finite].abs().max().item() if finite.any() else 0.0)
-
-
 def run(case: Case, tile: Tiling, kv_tile: Tiling | None = None) -> tuple[Tensor, ...]:
-    out, lse = forward(case.q, case.k, case.v, *case.arguments, tile)  # type: ignore[arg-type]
-    tiles = kv_tile or tile, tile
-    inputs = (case.q, case.k, case.v, out, lse, *case.arguments)
-    return out, lse, *backward(case.dout, case.dlse, *inputs, *tiles)  # type: ignore[arg-type]
+    pattern = Pattern(*case.pattern)
+    out, lse = forward(case.q, case.k, case.v, pattern, tile)
+    inputs = (case.q, case.k, case.v, out, lse, pattern)
+    return out, lse, *backward(case.dout, case.dlse, *inputs, kv_tile or tile, tile)
 
 
 def check_all(case: Case, tile: Tiling, kv_tile: Tiling | None = None) -> None:
     exact, low = dense(case, torch.float64), dense(case, case.q.dtype)
     for result, right, rough in zip(run(case, tile, kv_tile), exact, low, strict=True):
         check(result, right, rough, case.q.dtype)
-
-
-RAGGED = [(37, 37), (1, 1), (5, 40), (33, 33)]
 
 
 @pytest.mark.parametrize("tile", [SMALL, DESCRIPTORS], ids=["pointers", "descriptors"])
@@ -160,7 +63,7 @@ def test_queries_that_see_nothing_give_zeros(causal: bool, tile: Tiling) -> None
 def test_the_specialised_form(causal: bool, window: int | None) -> None:
     """Its single loop masks every tile. It may read the next sequence's values, so nothing is poisoned here."""
     case = make_case(RAGGED, causal=causal, window=window, pads=0)
-    out, lse = forward(case.q, case.k, case.v, *case.arguments, SPECIALISED)  # type: ignore[arg-type]
+    out, lse = forward(case.q, case.k, case.v, Pattern(*case.pattern), SPECIALISED)
     exact, low = dense(case, torch.float64), dense(case, case.q.dtype)
     check(out, exact[0], low[0], case.q.dtype)
     check(lse, exact[1], low[1], case.q.dtype)
@@ -200,7 +103,7 @@ def test_gradients_are_those_of_the_result() -> None:
     inputs = tuple(x.requires_grad_() for x in (case.q, case.k, case.v))
 
     def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attend(q, k, v, *case.arguments)
+        out, lse = attend(q, k, v, *case.pattern)
         return out, lse
 
     with pytest.warns(UserWarning, match="not a double precision"):
@@ -212,33 +115,47 @@ def test_registration(window: int | None) -> None:
     """torch's own checks: schema, fake tensors, autograd, and tracing with symbolic shapes."""
     case = make_case([(9, 9), (3, 8)], heads=2, kv_heads=1, head_dim=16, dtype=torch.float32, window=window, pads=0)
     inputs = tuple(x.requires_grad_() for x in (case.q, case.k, case.v))
-    torch.library.opcheck(attend, (*inputs, *case.arguments))
+    torch.library.opcheck(attend, (*inputs, *case.pattern))
 
 
 def test_nothing_to_attend_to() -> None:
     case = make_case([(0, 4)], pads=0)
-    out, lse = attend(case.q, case.k, case.v, *case.arguments)
+    out, lse = attend(case.q, case.k, case.v, *case.pattern)
     assert out.shape == (0, 4, 64)
     assert lse.shape == (4, 0)
     case = make_case([(3, 0)], pads=0)
-    out, lse = attend(case.q, case.k, case.v, *case.arguments)
+    out, lse = attend(case.q, case.k, case.v, *case.pattern)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
 
 
-def test_the_reference_agrees_in_float64() -> None:
-    case = make_case(RAGGED, dtype=torch.float64, window=17, pads=0)
-    queries, keys = case.starts
-    out, lse = flash_attention_reference(
-        case.q,
-        case.k,
-        case.v,
-        cu_seqlens_q_B1=queries,
-        cu_seqlens_k_B1=keys,
-        scale=case.scale,
-        causal=True,
-        window=17,
-    )
-    exact = dense(case, torch.float64)
-    torch.testing.assert_close(out, exact[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(lse, exact[1], rtol=1e-12, atol=1e-12)
+def test_a_sequence_gives_the_same_bits_wherever_it_lies() -> None:
+    """Nothing adds up across sequences, and each gradient in one order."""
+    lengths, tiles = [(37, 37), (5, 40), (33, 33)], (SMALL, DESCRIPTORS)
+    case = make_case(lengths, pads=0)
+    moved = make_case(lengths[::-1], pads=0)
+    for name in ("q", "k", "v", "dout"):
+        x = getattr(case, name)
+        sizes = [n[name in "kv"] for n in lengths]
+        setattr(moved, name, torch.cat(x.split(sizes)[::-1]))
+    moved.dlse = torch.cat(case.dlse.split([n for n, _ in lengths], dim=1)[::-1], dim=1)
+    out, lse, dq, dk, dv = run(case, *tiles)
+    ours = (out, lse.T, dq, dk, dv)
+    out, lse, dq, dk, dv = run(moved, *tiles)
+    for x, y, side in zip(ours, (out, lse.T, dq, dk, dv), (0, 0, 0, 1, 1), strict=True):
+        sizes = [n[side] for n in lengths]
+        assert torch.equal(x, torch.cat(y.split(sizes[::-1])[::-1]))
+
+
+@pytest.mark.parametrize("lse", [False, True])
+def test_gradients_of_the_operator(lse: bool) -> None:
+    """With the tiles that ship, through autograd; without the log-sum-exp in the loss its gradient is not there."""
+    case = make_case(RAGGED, pads=0)
+    if not lse:
+        case.dlse.zero_()
+    inputs = (case.q.requires_grad_(), case.k.requires_grad_(), case.v.requires_grad_())
+    out, log_sums = attend(*inputs, *case.pattern)
+    gradients = case.differentiate(out, log_sums if lse else None, inputs)
+    exact, low = dense(case, torch.float64), dense(case, case.q.dtype)
+    for result, right, rough in zip((out, log_sums, *gradients), exact, low, strict=True):
+        check(result, right, rough, case.q.dtype)

@@ -1,0 +1,184 @@
+"""Into which tiles flash attention is cut, by head size and device; `SPECS` has all of them compiled for sm_90."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from rayllm_kernels.gpu.flash_attention_backward import (
+    flash_attention_delta_kernel,
+    flash_attention_dkdv_kernel,
+    flash_attention_dq_kernel,
+)
+from rayllm_kernels.gpu.flash_attention_forward import flash_attention_forward_kernel
+from rayllm_kernels.gpu.spec import Spec
+
+DELTA_ROWS, DELTA_WARPS = 64, 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiling:
+    """How a kernel cuts its work: `block_m` queries by `block_n` keys. `tma`: tiles are loaded through descriptors."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+    warp_specialize: bool = False
+
+    def __str__(self) -> str:
+        how = ("tma" if self.tma else "pointers") + (" specialized" if self.warp_specialize else "")
+        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages} {how}"
+
+    def constexprs(self, *, head_dim: int, sequences: int, causal: bool, window: bool) -> dict[str, int | bool]:
+        """What all kernels but delta are compiled for."""
+        return {
+            "HEAD_DIM": head_dim,
+            "BLOCK_E": block_e(head_dim),
+            "BLOCK_B": triton.next_power_of_2(sequences + 1),
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "CAUSAL": causal,
+            "WINDOW": window,
+            "TMA": self.tma,
+        }
+
+
+def block_e(head_dim: int) -> int:
+    """Columns of a tile: Triton's are powers of two."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
+def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int, *, warp_specialize: bool = False) -> Tiling:
+    return Tiling(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        tma=True,
+        warp_specialize=warp_specialize,
+    )
+
+
+def _pointers(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tiling:
+    return Tiling(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, tma=False)
+
+
+# For sm_90, by head size. The first of each is used; the others are for the benchmark to compare: none has run on a GPU
+# yet, the order is by registers and shared memory. Tiles of head sizes 80 and 96 are 128 columns wide: out of a
+# descriptor they would pass through registers, by pointer they are copied past them, with zeros for the rest.
+Table = dict[int, tuple[Tiling, ...]]
+_FORWARD_96 = (_pointers(128, 64, 8, 2), _tma(128, 128, 8, 2), _pointers(64, 64, 4, 2))
+_BACKWARD_KV_96 = (_pointers(16, 128, 8, 2), _tma(32, 64, 8, 2), _pointers(16, 64, 8, 2))
+_BACKWARD_Q_96 = (_pointers(128, 32, 8, 3), _pointers(64, 64, 4, 2))
+FORWARD: Table = {
+    64: (_tma(128, 128, 8, 2), _tma(128, 64, 4, 3), _tma(64, 128, 4, 2, warp_specialize=True)),
+    80: _FORWARD_96,
+    96: _FORWARD_96,
+    128: (_tma(128, 128, 8, 2), _tma(128, 64, 8, 3), _tma(64, 128, 4, 2, warp_specialize=True)),
+    256: (_tma(128, 32, 8, 3), _tma(128, 32, 8, 2)),
+}
+BACKWARD_KV: Table = {
+    64: (_tma(64, 128, 8, 2), _tma(32, 128, 8, 2)),
+    80: _BACKWARD_KV_96,
+    96: _BACKWARD_KV_96,
+    128: (_tma(32, 128, 8, 2), _tma(32, 128, 8, 3), _tma(64, 64, 8, 2)),
+    256: (_tma(16, 64, 8, 2),),
+}
+BACKWARD_Q: Table = {
+    64: (_tma(128, 64, 8, 2), _tma(64, 64, 4, 2)),
+    80: _BACKWARD_Q_96,
+    96: _BACKWARD_Q_96,
+    128: (_tma(128, 64, 8, 2), _tma(128, 64, 8, 3), _tma(64, 64, 4, 2)),
+    256: (_tma(64, 16, 8, 2),),
+}
+# Other devices and head sizes: at most 99 KB of shared memory, which every device from sm_80 on has.
+PORTABLE = _pointers(64, 32, 4, 2)
+_PORTABLE_256 = _pointers(32, 32, 4, 1)
+
+
+def tiling(table: Table, x_THE: Tensor) -> Tiling:
+    """What serves x's device and head size. On CPU the interpreter runs, for which the portable tiles suit."""
+    head_dim = x_THE.shape[2]
+    if x_THE.is_cuda and head_dim in table and torch.cuda.get_device_capability(x_THE.device) == (9, 0):
+        return table[head_dim][0]
+    return PORTABLE if head_dim <= 128 else _PORTABLE_256
+
+
+def _tile_type(dtype: str, rows: int, head_dim: int, tma: bool) -> str:
+    if not tma:
+        return f"*{dtype}"
+    width = block_e(head_dim)
+    return f"tensordesc<{dtype}[{rows},{width}]>" if width == head_dim else f"tensordesc<{dtype}[{rows},1,{width}]>"
+
+
+def _spec(
+    part: str,
+    kernel: JITFunction,
+    tile: Tiling,
+    *,
+    head_dim: int,
+    dtype: str = "bf16",
+    causal: bool = True,
+    window: bool = False,
+) -> Spec:
+    """A kernel for up to 15 sequences."""
+    constexprs: dict[str, object] = dict(tile.constexprs(head_dim=head_dim, sequences=15, causal=causal, window=window))
+    if kernel is flash_attention_forward_kernel:
+        constexprs["WARP_SPECIALIZE"] = tile.warp_specialize
+    queries = _tile_type(dtype, tile.block_m, head_dim, tile.tma)
+    keys = _tile_type(dtype, tile.block_n, head_dim, tile.tma)
+    types = {"q": queries, "dout": queries, "k": keys, "v": keys, "scale": "fp32", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("out", "dq", "dk", "dv"), f"*{dtype}") | dict.fromkeys(("lse", "delta"), "*fp32")
+    types |= dict.fromkeys(("q_starts_B1", "k_starts_B1"), "*i32")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
+    mask = "window" if window else "causal" if causal else "full"
+    return Spec(
+        name=f"flash_attention {part} E{head_dim} {dtype} {mask} {tile}",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        aligned=tuple(name for name, kind in signature.items() if kind[0] == "*" or name.endswith("_stride")),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        expects=frozenset({"wgmma"} | ({"tma"} if tile.tma else set()))
+        | ({"setmaxnreg"} if tile.warp_specialize else set()),
+    )
+
+
+def _delta_spec(head_dim: int, dtype: str, *, of_lse: bool) -> Spec:
+    pointers = {"out": f"*{dtype}", "dout": f"*{dtype}", "dlse": "*fp32", "delta": "*fp32"}
+    strides = dict.fromkeys(("out_row_stride", "dout_row_stride", "dout_head_stride"), "i32")
+    return Spec(
+        name=f"flash_attention delta E{head_dim} {dtype}{' dlse' if of_lse else ''}",
+        kernel=flash_attention_delta_kernel,
+        signature=pointers | strides | {"query_rows": "i32"},
+        constexprs={"HEAD_DIM": head_dim, "BLOCK_E": block_e(head_dim), "BLOCK_M": DELTA_ROWS, "HAS_DLSE": of_lse},
+        aligned=(*pointers, *strides),
+        num_warps=DELTA_WARPS,
+        num_stages=3,
+        expects=frozenset(),
+    )
+
+
+def _specs() -> list[Spec]:
+    parts = (
+        ("forward", flash_attention_forward_kernel, FORWARD),
+        ("dkdv", flash_attention_dkdv_kernel, BACKWARD_KV),
+        ("dq", flash_attention_dq_kernel, BACKWARD_Q),
+    )
+    specs = []
+    for part, kernel, table in parts:
+        for head_dim, (shipped, *others) in table.items():
+            specs += [_spec(part, kernel, tile, head_dim=head_dim) for tile in (shipped, *others)]
+            specs.append(_spec(part, kernel, shipped, head_dim=head_dim, causal=False))
+            specs.append(_spec(part, kernel, shipped, head_dim=head_dim, window=True))
+            specs.append(_spec(part, kernel, shipped, head_dim=head_dim, dtype="fp16"))
+    specs += [_delta_spec(head_dim, "bf16", of_lse=False) for head_dim in FORWARD]
+    return [*specs, _delta_spec(128, "bf16", of_lse=True), _delta_spec(128, "fp16", of_lse=False)]
+
+
+SPECS = _specs()
