@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rayllm_kernels.flash_attention import flash_attention_reference
-
 ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 RAGGED = [(37, 37), (1, 1), (5, 40), (33, 33)]
 
@@ -100,7 +98,7 @@ def make_case(
 
 def dense(case: Case, dtype: torch.dtype) -> Answers:
     """By the softmax's definition, one query and head at a time, wholly in `dtype`."""
-    q, k, v = (x.to(dtype).nan_to_num().requires_grad_() for x in (case.q, case.k, case.v))
+    q, k, v = (x.detach().to(dtype).nan_to_num().requires_grad_() for x in (case.q, case.k, case.v))
     group = q.shape[1] // k.shape[1]
     out = torch.zeros(q.shape, dtype=dtype)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
@@ -121,10 +119,24 @@ def dense(case: Case, dtype: torch.dtype) -> Answers:
     return out.detach(), lse.detach(), dq, dk, dv
 
 
-def by_reference(case: Case, dtype: torch.dtype) -> Answers:
-    """By the op's reference wholly in `dtype`, for lengths at which `dense` would take minutes."""
-    q, k, v = (x.to(dtype).nan_to_num().requires_grad_() for x in (case.q, case.k, case.v))
-    out, lse = flash_attention_reference(q, k, v, **case.options)  # type: ignore[arg-type]
+def by_softmax(case: Case, dtype: torch.dtype) -> Answers:
+    """Wholly in `dtype`, one sequence at a time, for lengths at which `dense` would take minutes."""
+    q, k, v = (x.detach().to(dtype).nan_to_num().requires_grad_() for x in (case.q, case.k, case.v))
+    device, group = q.device, q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype, device=device)
+    (q_starts, k_starts), heads_H1 = (x.tolist() for x in case.starts), torch.arange(q.shape[1], device=device)[:, None]
+    for b in range(len(q_starts) - 1):
+        k_SHE, v_SHE = (x[k_starts[b] : k_starts[b + 1]].repeat_interleave(group, dim=1) for x in (k, v))
+        row = torch.arange(q_starts[b], q_starts[b + 1], device=device)
+        back = row[:, None] - q_starts[b + 1] + len(k_SHE) - torch.arange(len(k_SHE), device=device)
+        visible = (back >= 0) & (back < (case.window or len(k_SHE) + 1)) if case.causal else back == back
+        seeing = visible.any(dim=1)
+        row, visible = row[seeing], visible[seeing]
+        scores = torch.einsum("qhe,khe->hqk", q[row], k_SHE) * case.scale
+        scores = scores.masked_fill(~visible, -torch.inf)
+        out = out.index_put((row,), torch.einsum("hqk,khe->qhe", scores.softmax(-1), v_SHE))
+        lse = lse.index_put((heads_H1, row), scores.logsumexp(-1))
     dq, dk, dv = case.differentiate(out, lse, (q, k, v))
     return out.detach(), lse.detach(), dq, dk, dv
 

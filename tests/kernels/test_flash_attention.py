@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rayllm_kernels import flash_attention, flash_attention_reference, flash_attention_with_lse
-from tests.kernels.flash_cases import RAGGED, Case, by_reference, dense, make_case
+from tests.kernels.flash_cases import RAGGED, Case, by_softmax, dense, make_case
 
 BLIND = [(20, 3), (4, 0), (0, 6), (2, 2)]  # queries before the first key
 
@@ -33,10 +33,16 @@ def test_result_and_gradients(
 
 @pytest.mark.parametrize("lengths", [RAGGED, BLIND])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 17)])
-def test_the_reference(causal: bool, window: int | None, lengths: list[tuple[int, int]]) -> None:
+def test_the_reference_and_what_stands_for_it_on_a_gpu(
+    causal: bool, window: int | None, lengths: list[tuple[int, int]]
+) -> None:
     case = make_case(lengths, head_dim=16, causal=causal, window=window, dtype=torch.float64)
-    for result, right in zip(by_reference(case, torch.float64), dense(case, torch.float64), strict=True):
+    inputs, exact = leaves(case), dense(case, torch.float64)
+    out, lse = flash_attention_reference(*inputs, **case.options)  # type: ignore[arg-type]
+    ours = (out, lse, *case.differentiate(out, lse, inputs))
+    for result, vectorized, right in zip(ours, by_softmax(case, torch.float64), exact, strict=True):
         torch.testing.assert_close(result, right, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(vectorized, right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("of_lse", [False, True])

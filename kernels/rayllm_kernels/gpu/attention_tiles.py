@@ -114,12 +114,14 @@ def store_tile(
 def sees(
     at: tl.tensor, key: tl.tensor, keys: tl.tensor, window: tl.tensor, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ) -> tl.tensor:
-    """Whether the query at position `at` among the keys sees key `key`; shapes broadcast."""
-    visible = key < keys
-    if CAUSAL:
-        visible = visible & (key <= at)
-    if WINDOW:
-        visible = visible & (key > at - window)
+    """Whether the query at position `at` among the keys sees key `key`; shapes broadcast. Rows past the queries, whose
+    results nobody stores, may see keys past the end."""
+    if WINDOW:  # one unsigned comparison holds both bounds
+        visible = (at - key).to(tl.uint32, bitcast=True) < window.to(tl.uint32)
+    elif CAUSAL:
+        visible = key <= at
+    else:
+        visible = key < keys
     return visible
 
 

@@ -72,7 +72,7 @@ def _pointers(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Ti
 # descriptor they would pass through registers, by pointer they are copied past them, with zeros for the rest.
 Table = dict[int, tuple[Tiling, ...]]
 _FORWARD_96 = (_pointers(128, 64, 8, 2), _tma(128, 128, 8, 2), _pointers(64, 64, 4, 2))
-_BACKWARD_KV_96 = (_pointers(16, 128, 8, 2), _tma(32, 64, 8, 2), _pointers(16, 64, 8, 2))
+_BACKWARD_KV_96 = (_pointers(16, 128, 8, 2), _pointers(16, 64, 8, 2))
 _BACKWARD_Q_96 = (_pointers(128, 32, 8, 3), _pointers(64, 64, 4, 2))
 FORWARD: Table = {
     64: (_tma(128, 128, 8, 2), _tma(128, 64, 4, 3), _tma(64, 128, 4, 2, warp_specialize=True)),
@@ -82,10 +82,10 @@ FORWARD: Table = {
     256: (_tma(128, 32, 8, 3), _tma(128, 32, 8, 2)),
 }
 BACKWARD_KV: Table = {
-    64: (_tma(64, 128, 8, 2), _tma(32, 128, 8, 2)),
+    64: (_tma(32, 128, 8, 2), _tma(32, 128, 8, 3)),
     80: _BACKWARD_KV_96,
     96: _BACKWARD_KV_96,
-    128: (_tma(32, 128, 8, 2), _tma(32, 128, 8, 3), _tma(64, 64, 8, 2)),
+    128: (_tma(32, 128, 8, 2), _tma(16, 128, 8, 3), _tma(32, 64, 4, 2)),
     256: (_tma(16, 64, 8, 2),),
 }
 BACKWARD_Q: Table = {
