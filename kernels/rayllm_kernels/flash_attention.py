@@ -66,7 +66,7 @@ def _visible(queries: int, keys: int, window: int | None, device: torch.device) 
     return visible if window is None else visible & (key > at - window)
 
 
-@functools.lru_cache(maxsize=2)  # one size of window as a rule, the same in all layers of a step
+@functools.lru_cache(maxsize=1)  # the layers of a step that have a window have the same, as a rule
 def _window_mask(size: int, window: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # may be saved for a backward pass later
         return _visible(size, size, window, device)

@@ -67,10 +67,10 @@ def _pointers(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Ti
     return Tiling(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, tma=False)
 
 
+Table = dict[int, tuple[Tiling, ...]]
 # For sm_90, by head size. The first of each is used; the others are for the benchmark to compare: none has run on a GPU
 # yet, the order is by registers and shared memory. Tiles of head sizes 80 and 96 are 128 columns wide: out of a
 # descriptor they would pass through registers, by pointer they are copied past them, with zeros for the rest.
-Table = dict[int, tuple[Tiling, ...]]
 _FORWARD_96 = (_pointers(128, 64, 8, 2), _tma(128, 128, 8, 2), _pointers(64, 64, 4, 2))
 _BACKWARD_KV_96 = (_pointers(16, 128, 8, 2), _pointers(16, 64, 8, 2))
 _BACKWARD_Q_96 = (_pointers(128, 32, 8, 3), _pointers(64, 64, 4, 2))
