@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from rayllm_kernels import (
     add_rms_norm,
+    add_rms_norm_int8,
+    add_rms_norm_int8_reference,
     apply_rotary,
     apply_rotary_reference,
     compile_kernels,
@@ -91,6 +93,13 @@ def comparisons(shape: Shape, tokens: int, device: str) -> Iterator[Comparison]:
         theirs=lambda x, residual: F.rms_norm(x + residual, (hidden,), weight, 1e-5),
         make=lambda: [randn(tokens, hidden), randn(tokens, hidden)],
         written=2 * row,
+    )
+    yield Comparison(
+        op="add_rms_norm_int8",
+        ours=lambda x, residual: add_rms_norm_int8(x, residual, weight, 1e-5),
+        theirs=lambda x, residual: add_rms_norm_int8_reference(x, residual, weight, 1e-5),
+        make=lambda: [randn(tokens, hidden), randn(tokens, hidden)],
+        written=row + row // 2,
     )
     yield Comparison(
         op="silu_mul",

@@ -171,7 +171,7 @@ def main(
     parser.add_argument("--csv", type=Path, help="add the rows to this file")
     given = parser.parse_args()
     if given.device == "cuda" and not cuda:
-        parser.error("this machine has no CUDA device that torch can use; measure the CPU with --device cpu")
+        parser.error("this machine has no CUDA device that torch can use")
     timer = Timer(device=given.device, repeats=given.repeats or (30 if given.device == "cuda" else 7))
     machine = Machine(given.device)
     print(*(f"{name} {value}" for name, value in machine.columns().items() if value), sep=", ", flush=True)
