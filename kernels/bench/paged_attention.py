@@ -14,7 +14,7 @@ from timing import Figure, Timer, main
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rayllm_kernels.gpu.paged_attention import CONFIGS, Config, launch
+from rayllm_kernels.gpu.paged_attention import Config, configs_for, launch
 
 HEADS, KV_HEADS, PAGE, CACHES = 32, 8, 16, 2
 
@@ -126,7 +126,7 @@ class Inputs:
 def measure(timer: Timer, case: Case) -> Iterator[Figure]:
     inputs = Inputs(case)
     theirs_us = None if case.int8 else timer.median_us(inputs.theirs())
-    for config in CONFIGS[case.decode, case.head_dim]:
+    for config in configs_for(case.head_dim, decode=case.decode, int8=case.int8):
         yield Figure(
             op="paged_attention",
             case=case.name,
