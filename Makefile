@@ -10,14 +10,15 @@ INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard protos/rayllm/proto/v1/*.proto)
 EVAL_DATA := .eval-data
 REFERENCE := $(VENV)/.reference
+TRITON_3_6 := $(VENV)/triton-3.6
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
 .PHONY: help setup serve demo test verify reference chaos lint format types contracts proto proto-check model \
-	kernels-report kernels-check
+	kernels-report kernels-check kernels-report-3.6 kernels-check-3.6 gpu
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Make .venv with rayllm and everything it needs at the pinned versions
 
@@ -73,11 +74,26 @@ contracts: setup
 proto: setup ## Generate rayllm/proto from protos/
 	$(PROTOC) --python_out=. --grpc_python_out=. --pyi_out=.
 
-kernels-report: setup ## Compile all GPU kernels for sm_90 and write kernels/compile_report.json
+kernels-report: setup ## Compile all GPU kernels for sm_90 and write kernels/compile_report_3.7.json
 	$(BIN)/python kernels/compile_report.py
 
 kernels-check: setup
 	$(BIN)/python kernels/compile_report.py --check
+
+# Its own folder in front of the environment's triton: the same torch, another compiler.
+kernels-report-3.6: $(TRITON_3_6)
+	PYTHONPATH=$(TRITON_3_6) TRITON_CACHE_DIR=$(TRITON_3_6)/cache $(BIN)/python kernels/compile_report.py
+
+kernels-check-3.6: $(TRITON_3_6) ## Compile all GPU kernels with triton 3.6, which torch 2.11 brings (fetches it: 190 MB)
+	PYTHONPATH=$(TRITON_3_6) TRITON_CACHE_DIR=$(TRITON_3_6)/cache $(BIN)/python kernels/compile_report.py --check
+
+$(TRITON_3_6): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==3.6.0
+	@mv $@.part $@
+
+# Not of `setup`: a GPU machine brings its own torch and triton; PYTHON names the one that has them.
+gpu: ## Run the tests and benchmarks that need a GPU (under 8 minutes); results in gpu-results
+	$(PYTHON) kernels/gpu.py
 
 proto-check: setup
 	@generated=$$(mktemp -d) && trap 'rm -rf "$$generated"' EXIT && \

@@ -1,11 +1,11 @@
 """Compile every shipped configuration of every Triton kernel for sm_90 (H100, H200); no GPU is needed.
 
-    python kernels/compile_report.py            write kernels/compile_report.json
+    python kernels/compile_report.py            write kernels/compile_report_3.7.json, by the version of triton
     python kernels/compile_report.py --check    compare with it instead; what `make test` does
 
 Either fails where a configuration does not compile, spills registers, needs more shared memory than a block has, or
-lacks an instruction that its `Spec` expects. The figures depend on the version of triton: with another one than the
-report names, `--check` holds the configurations to the limits only.
+lacks an instruction that its `Spec` expects. The figures depend on the version of triton, so there is a report for each
+that is supported: the one pinned here, and the one that GPU machines have (`make kernels-check-3.6`).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from triton.errors import TritonError
 from rayllm_kernels import gpu
 from rayllm_kernels.gpu.spec import Spec
 
-REPORT = Path(__file__).with_suffix(".json")
+REPORT = Path(__file__).with_name(f"compile_report_{'.'.join(triton.__version__.split('.')[:2])}.json")
 SHARED_LIMIT = 227 * 1024  # bytes that a block of sm_90 may have
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -110,8 +110,7 @@ def examine(task: tuple[str, int, str]) -> tuple[str, Figures, list[str]]:
 def differences(committed: dict[str, Any], made: dict[str, Any]) -> list[str]:
     """Where the report on disk does not say what was found just now."""
     if committed["triton"] != made["triton"]:
-        print(f"figures not compared: they are of triton {committed['triton']}, this is {made['triton']}")
-        return []
+        return [f"{REPORT.name} is of triton {committed['triton']}, this is {made['triton']}"]
     old, new = committed["kernels"], made["kernels"]
     return [
         f"{name}: {old.get(name, 'not in the report')} -> {new.get(name, 'no longer shipped')}"
@@ -132,6 +131,8 @@ def main() -> int:
     failures = [f"{name}: {problem}" for name, _, problems in results for problem in problems]
     made = {"triton": triton.__version__, "target": "sm_90", "kernels": {name: f for name, f, _ in sorted(results)}}
     if arguments.check:
+        if not REPORT.exists():
+            parser.error(f"no report for triton {triton.__version__}: kernels/{REPORT.name} is not there")
         changed = differences(json.loads(REPORT.read_text()), made)
         failures += changed
         if changed:

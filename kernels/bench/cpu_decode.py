@@ -3,16 +3,16 @@
 Weights and caches of all 30 layers are walked in order, so nothing is in cache that would not be in a real step. torch
 stands for what a plain module would call: F.linear, F.rms_norm, gather and scaled_dot_product_attention.
 
-    OMP_NUM_THREADS=2 python kernels/bench/cpu_decode.py --batch 1 16 --dtype bfloat16
+    OMP_NUM_THREADS=2 python kernels/bench/cpu_decode.py
 """
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from timing import Figure, Timer, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +32,7 @@ from rayllm_kernels import (
 )
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, PAGE = 30, 576, 9, 3, 64, 1536, 49152, 16
+CONTEXT = 160
 SHAPES = {
     "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
     "o": (HIDDEN, HEADS * HEAD_DIM),
@@ -156,27 +157,22 @@ def walk(ops: list[Op], form: str, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) * 1e6 for name, values in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--context", type=int, default=160)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=20)
-    arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.dtype}")
-    print(f"compiled in {compile_kernels():.1f} s")
+def figures(timer: Timer, quick: bool) -> Iterator[Figure]:
+    """The last one of a batch is the step: its layers' ops and the head, in sum."""
+    compile_kernels()
+    repeats = timer.repeats if quick else 3 * timer.repeats
     with torch.inference_mode():
-        for batch in arguments.batch:
-            ops = make_ops(batch, arguments.context, getattr(torch, arguments.dtype))
-            theirs, ours = (walk(ops, form, arguments.repeats) for form in ("theirs", "ours"))
-            print(f"\n{f'batch {batch}, context {arguments.context}':34}{'torch us':>10}{'ours us':>10}{'ratio':>7}")
-            for op in ops:
-                a, b = theirs[op.name], ours[op.name]
-                print(f"{op.name:34}{a:10.1f}{b:10.1f}{a / b:7.2f}")
-            sums = [sum(us[op.name] * (op.per_layer * LAYERS or 1) for op in ops) / 1000 for us in (theirs, ours)]
-            print(f"{'step of 30 layers, ms':34}{sums[0]:10.2f}{sums[1]:10.2f}{sums[0] / sums[1]:7.2f}")
-            print(f"{'tokens/s if that were all':34}{batch / sums[0] * 1000:10.1f}{batch / sums[1] * 1000:10.1f}")
+        for batch in (1, 16):
+            ops = make_ops(batch, CONTEXT, torch.bfloat16)
+            theirs, ours = (walk(ops, form, repeats) for form in ("theirs", "ours"))
+            case = f"B{batch} S{CONTEXT} SmolLM2-135M bf16"
+            sums = [sum(us[op.name] * (op.per_layer * LAYERS or 1) for op in ops) for us in (theirs, ours)]
+            rows = [(op.name, theirs[op.name], ours[op.name]) for op in ops]
+            for name, theirs_us, ours_us in [*rows, (f"{LAYERS} layers and head", *sums)]:
+                yield Figure(
+                    op="cpu_decode", case=case, kernel=name, us=ours_us, baseline="torch", baseline_us=theirs_us
+                )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, figures, devices=["cpu"])

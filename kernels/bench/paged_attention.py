@@ -1,26 +1,20 @@
 """Attention over pages on a GPU: decode in GB/s of keys and values read, prefill in TFLOP/s, both against torch.
 
-Every case runs with each configuration that ships for it, in a CUDA graph, with the L2 cache flushed and other inputs
-each time; the figure is the median. torch decodes by gathering the pages and one call of its attention, which is what
-it offers; for prefill it gets the keys and values already gathered.
+Every case runs with each configuration that ships for it. torch decodes by gathering the pages and one call of its
+attention, which is what it offers; for prefill it gets the keys and values already gathered.
 
     python kernels/bench/paged_attention.py --csv paged_attention.csv
 """
 
-import argparse
-import csv
-import statistics
-import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-import triton
+from timing import Figure, Timer, main
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rayllm_kernels.gpu.paged_attention import CONFIGS, Config, launch
+from rayllm_kernels.gpu.paged_attention import Config, configs_for, launch
 
 HEADS, KV_HEADS, PAGE, CACHES = 32, 8, 16, 2
 
@@ -38,15 +32,19 @@ class Case:
         return self.queries == 1
 
     @property
-    def gigabytes(self) -> float:
-        per_head = self.head_dim + 4 if self.int8 else 2 * self.head_dim
-        return 2 * self.batch * self.context * KV_HEADS * per_head / 1e9
+    def name(self) -> str:
+        return f"B{self.batch} Q{self.queries} S{self.context} E{self.head_dim} {'int8' if self.int8 else 'bf16'}"
 
     @property
-    def teraflops(self) -> float:
+    def moved(self) -> float:
+        per_head = self.head_dim + 4 if self.int8 else 2 * self.head_dim
+        return 2 * self.batch * self.context * KV_HEADS * per_head
+
+    @property
+    def flops(self) -> float:
         """Two products over the keys that a query sees."""
         seen = self.queries * (self.context - self.queries) + self.queries * (self.queries + 1) / 2
-        return 4 * self.batch * HEADS * self.head_dim * seen / 1e12
+        return 4 * self.batch * HEADS * self.head_dim * seen
 
 
 CASES = [
@@ -125,74 +123,28 @@ class Inputs:
         return [lambda k=k, v=v: attend(k, v) for k, v in gathered]
 
 
-def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Of one call, replayed from a CUDA graph so that Python's part is left out."""
-    graphs = []
-    for call in calls:
-        call()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        graphs.append(graph)
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for i in range(repeats + 3):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graphs[i % len(graphs)].replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[3:])
-
-
-def clocks() -> str:
-    """The GPU's processor and memory clocks now, MHz."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits", "--id=0"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().replace(", ", "/")
-
-
-def measure(case: Case, repeats: int) -> Iterator[dict[str, object]]:
+def measure(timer: Timer, case: Case) -> Iterator[Figure]:
     inputs = Inputs(case)
-    theirs_us = None if case.int8 else median_us(inputs.theirs(), repeats)
-    for config in CONFIGS[case.decode, case.head_dim]:
-        us = median_us([lambda i=i, config=config: inputs.ours(i, config) for i in range(CACHES)], repeats)
-        tiles = f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages} p{config.programs_per_sm}"
-        yield asdict(case) | {
-            "config": tiles,
-            "us": round(us, 1),
-            "gb_per_s": round(case.gigabytes / us * 1e6),
-            "tflop_per_s": round(case.teraflops / us * 1e6, 1),
-            "torch_us": theirs_us and round(theirs_us, 1),
-            "ratio": theirs_us and round(theirs_us / us, 2),
-            "card": torch.cuda.get_device_name(),
-            "clocks": clocks(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        }
+    theirs_us = None if case.int8 else timer.median_us(inputs.theirs())
+    for config in configs_for(case.head_dim, decode=case.decode, int8=case.int8):
+        yield Figure(
+            op="paged_attention",
+            case=case.name,
+            kernel=f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages} p{config.programs_per_sm}",
+            us=timer.median_us([lambda i=i, config=config: inputs.ours(i, config) for i in range(CACHES)]),
+            moved=case.moved,
+            flops=case.flops,
+            baseline=None if case.int8 else "torch, pages gathered" if case.decode else "torch",
+            baseline_us=theirs_us,
+        )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=[64, 128, 256], default=[128])
-    arguments = parser.parse_args()
-    writer = None
-    with arguments.csv.open("w", newline="") as file, torch.inference_mode():
+def figures(timer: Timer, quick: bool) -> Iterator[Figure]:
+    with torch.inference_mode():
         for case in CASES:
-            if case.head_dim not in arguments.head_dim:
-                continue
-            for row in measure(case, arguments.repeats):
-                if writer is None:
-                    writer = csv.DictWriter(file, row)
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                print(*(row[name] for name in list(row)[:11]), sep="\t", flush=True)
+            if not quick or case.head_dim == 128:
+                yield from measure(timer, case)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, figures, devices=["cuda"])

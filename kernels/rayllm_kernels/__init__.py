@@ -24,6 +24,12 @@ from rayllm_kernels.linear import linear, linear_reference
 from rayllm_kernels.native import compile_kernels
 from rayllm_kernels.paged_attention import paged_attention, paged_attention_reference
 from rayllm_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from rayllm_kernels.rms_norm_int8 import (
+    add_rms_norm_int8,
+    add_rms_norm_int8_reference,
+    rms_norm_int8,
+    rms_norm_int8_reference,
+)
 from rayllm_kernels.rotary import apply_rotary, apply_rotary_reference
 from rayllm_kernels.rotary_store_kv import rotary_store_kv, rotary_store_kv_reference
 from rayllm_kernels.silu_mul import silu_mul, silu_mul_reference
@@ -31,6 +37,8 @@ from rayllm_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_int8",
+    "add_rms_norm_int8_reference",
     "add_rms_norm_reference",
     "apply_rotary",
     "apply_rotary_reference",
@@ -47,6 +55,8 @@ __all__ = [
     "quantize_rows",
     "quantize_rows_reference",
     "rms_norm",
+    "rms_norm_int8",
+    "rms_norm_int8_reference",
     "rms_norm_reference",
     "rotary_store_kv",
     "rotary_store_kv_reference",

@@ -23,8 +23,13 @@ def on_triton(op: str, x: Tensor) -> bool:
     return x.is_cuda and _has_triton(op)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_triton(op: str) -> bool:
+    return _decide(op)
+
+
+@functools.cache
+def _decide(op: str) -> bool:
     problem = triton_problem()
     if problem is None:
         logger.info("%s on CUDA: Triton, on %s", op, torch.cuda.get_device_name())
@@ -42,6 +47,11 @@ def triton_problem() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
     return None
+
+
+def loops_may_run(x: Tensor) -> bool:
+    """Whether compiled CPU loops may serve x: they have no gradient, and torch.compile cannot look into them."""
+    return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

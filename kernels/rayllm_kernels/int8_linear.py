@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rayllm_kernels.amx import TILE_CONFIG
-from rayllm_kernels.dispatch import int8_limits
+from rayllm_kernels.dispatch import int8_limits, loops_may_run, on_triton
 from rayllm_kernels.int8_products import (
     finish_rows_kernel,
     multiply_byte_tiles_kernel,
@@ -83,7 +83,7 @@ def _integer_product(q_TK: Tensor, weight_NK: Tensor) -> Tensor:
 
 def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """-> int8 [T, K] and float32 scales [T, 1], so that q * scale is x to half a scale."""
-    if x_TK.is_cuda:
+    if on_triton("quantize_rows", x_TK):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), None)
@@ -113,7 +113,7 @@ def w8a8_linear(
     rows = x.numel() // length
     columns = outlier_columns_J if outlier_columns_J is not None and outlier_columns_J.numel() > 0 else None
     weight_JN = None if columns is None or outlier_weight_NJ is None else outlier_weight_NJ.t().contiguous()
-    if x.is_cuda and rows > 0:
+    if rows > 0 and on_triton("w8a8_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         q_TK, scale_T1, kept_TJ = gpu.quantize_rows(x.reshape(rows, length), columns)
@@ -169,7 +169,7 @@ def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor 
     """x [..., K] float -> [..., N] in its dtype; sums in float32."""
     outputs, length = weight_NK.shape
     rows = x.numel() // length
-    if x.is_cuda and rows > 0:
+    if rows > 0 and on_triton("w8a16_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         out: Tensor = gpu.w8a16_product(x.reshape(rows, length), weight_NK, scale_N1, bias_N)
@@ -216,9 +216,8 @@ def _compiled(
 ) -> bool:
     """Whether the compiled products take these tensors."""
     return (
-        x.is_cpu
+        loops_may_run(x)
         and x.numel() > 0
-        and not torch.is_grad_enabled()
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.is_contiguous()
         and x.shape[-1] % 64 == 0

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rayllm_kernels.amx import TILE_CONFIG, load_tile_config, release_tiles
 from rayllm_kernels.blocks import STRIPE, TILE, dot_floats, pack, sum_stripe_bf16
-from rayllm_kernels.dispatch import linear_limits
+from rayllm_kernels.dispatch import linear_limits, loops_may_run
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -140,8 +140,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     rows = x.numel() // length
     if (
         rows == 0
-        or torch.is_grad_enabled()
-        or not x.is_cpu
+        or not loops_may_run(x)
         or x.dtype != weight_NK.dtype
         or not (x.is_contiguous() and weight_NK.is_contiguous())
         or not (bias_N is None or (bias_N.is_contiguous() and bias_N.dtype == x.dtype))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rayllm_kernels.dispatch import loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
@@ -305,7 +306,7 @@ _LONGEST_IN_PLACE = 16  # queries of a sequence; past that gathering once pays (
 def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors."""
     return (
-        q.is_cpu
+        loops_may_run(q)
         and (q.dtype == torch.bfloat16 or q.dtype == torch.float32)
         and (k_cache.dtype == torch.bfloat16 or k_cache.dtype == torch.float32 or k_cache.dtype == torch.int8)
         and k_cache.dtype == v_cache.dtype
@@ -316,7 +317,6 @@ def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, ta
         and v_cache.is_contiguous()
         and tables.dtype == torch.int32
         and tables.stride(1) == 1
-        and not torch.is_grad_enabled()
     )
 
 
@@ -337,7 +337,7 @@ def paged_attention(
 ) -> Tensor:
     """Attend as the module says; `out` (shape and dtype of q) is filled and returned when given."""
     out_THE = empty(q_THE.shape, q_THE) if out is None else out
-    if q_THE.is_cuda and not torch.is_grad_enabled():
+    if on_triton("paged_attention", q_THE) and not torch.is_grad_enabled():
         from rayllm_kernels.gpu import paged_attention as gpu
 
         if gpu.supports(q_THE, out_THE, k_cache_NPKE, v_cache_NPKE, block_tables_RM):

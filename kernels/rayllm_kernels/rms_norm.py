@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayllm_kernels.dispatch import on_triton
+from rayllm_kernels.dispatch import loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
@@ -124,8 +124,7 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 def _compiled(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors."""
     return (
-        not torch.is_grad_enabled()
-        and x.is_cpu
+        loops_may_run(x)
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.dtype == weight.dtype
         and x.shape[-1] % LANES == 0

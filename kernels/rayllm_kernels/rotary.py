@@ -7,7 +7,7 @@ Computes no angles.
 import torch
 from torch import Tensor
 
-from rayllm_kernels.dispatch import on_triton
+from rayllm_kernels.dispatch import loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import LANES, add, inlined, load, load_bf16, mul, round_bf16, store, store_bf16, sub
 
@@ -96,8 +96,7 @@ def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -
 def takes_heads(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors: heads of a token side by side."""
     return (
-        not torch.is_grad_enabled()
-        and x.is_cpu
+        loops_may_run(x)
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.dtype == cos.dtype == sin.dtype
         and x.shape[2] % (2 * LANES) == 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayllm_kernels.dispatch import on_triton
+from rayllm_kernels.dispatch import loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -86,8 +86,7 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 def _compiled(x: Tensor) -> bool:
     """Whether the compiled kernel takes this tensor."""
     return (
-        not torch.is_grad_enabled()
-        and x.is_cpu
+        loops_may_run(x)
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.ndim == 2
         and x.shape[1] % LANES == 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayllm_kernels.dispatch import loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -121,7 +122,7 @@ def store_kv(
 
     The scales are given where that is int8, and only there.
     """
-    if k_TKE.is_cuda and not torch.is_grad_enabled():
+    if on_triton("store_kv", k_TKE) and not torch.is_grad_enabled():
         from rayllm_kernels.gpu import store_kv as gpu
 
         if gpu.supports(k_TKE, v_TKE, k_cache_NPKE, v_cache_NPKE, slot_mapping_T):
@@ -165,7 +166,7 @@ def store_kv(
 def takes_pages(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors: caches on CPU, heads of a token side by side."""
     return (
-        k.is_cpu
+        loops_may_run(k)
         and (k.dtype == torch.bfloat16 or k.dtype == torch.float32)
         and k.dtype == v.dtype
         and (
@@ -180,5 +181,4 @@ def takes_pages(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
         and slots.is_contiguous()
-        and not torch.is_grad_enabled()
     )

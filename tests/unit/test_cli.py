@@ -48,6 +48,7 @@ FROZEN = {
     "models fetch": "name --json",
     "models show": "model --json",
     "bench": "",
+    "bench kernels": "--output -o --quick --repeats",
     "bench offline": f"model {ENGINE} {WORKLOAD} --repeats --against-transformers --json",
     "bench serve": f"{ENGINE} {WORKLOAD} --url --in-process --concurrency --json",
     "quantize": "model out --scheme --outliers --calibration --skip --json",

@@ -1,6 +1,7 @@
 """What `rayllm bench` computes, against numpy and by a clock that stands still unless it is told."""
 
 import asyncio
+import csv
 import json
 import sys
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from rayllm.cli.bench import kernels
 from rayllm.cli.bench.load import Record, run_load, summarize
 from rayllm.cli.bench.statistics import latency_ms, percentile, random_prompts
 from rayllm.cli.bench.throughput import Timing, Workload, compare, speeds
@@ -171,3 +174,33 @@ def test_served_in_process_on_a_real_engine(monkeypatch, capsys, tiny_model: Pat
     assert result["settings"]["concurrency"] == 2
     run(monkeypatch, *arguments)
     assert "0 errors in 5 requests" in capsys.readouterr().out
+
+
+def test_kernels_on_this_machine(monkeypatch, capsys, tmp_path: Path):
+    """The command with one small benchmark in the place of all."""
+    script = tmp_path / "run.py"
+    bench = kernels.SCRIPT.parent
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(bench)!r})\nimport run\n"
+        "run.benchmarks = lambda device: [run.HERE / 'fused.py']\nsys.exit(run.main())\n"
+    )
+    monkeypatch.setattr(kernels, "SCRIPT", script)
+    run(monkeypatch, "bench", "kernels", "--quick", "--repeats", 1, "-o", tmp_path / "kernels.csv")
+    assert "add_rms_norm" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "kernels.csv").open(newline="")))
+    assert {row["op"] for row in rows} >= {"rms_norm", "store_kv", "rotary_store_kv", "silu_mul", "cross_entropy"}
+    for row in rows:
+        assert float(row["median_us"]) > 0
+        assert row["card"]
+        assert row["torch"] == str(torch.__version__)
+        if row["ratio"]:
+            assert float(row["ratio"]) == pytest.approx(float(row["baseline_us"]) / float(row["median_us"]), rel=0.01)
+
+
+def test_kernels_without_a_checkout(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(kernels, "SCRIPT", tmp_path / "kernels" / "bench" / "run.py")
+    monkeypatch.setattr(sys, "argv", ["rayllm", "bench", "kernels"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code
+    assert "come with a checkout" in capsys.readouterr().err

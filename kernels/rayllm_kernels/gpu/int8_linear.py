@@ -224,13 +224,14 @@ def _splits(rows: int, outputs: int, length: int, tiles: Tiles, device: torch.de
     if rows > _SPLIT_ROWS:
         return 1
     programs: int = triton.cdiv(outputs, tiles.n) * triton.cdiv(rows, tiles.t)
-    wanted = _PROGRAMS_PER_SM * _multiprocessors(device.index or 0) // programs
+    wanted = _PROGRAMS_PER_SM * _multiprocessors(device) // programs
     return max(1, min(wanted, length // (2 * tiles.k)))
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _multiprocessors(device: torch.device) -> int:
+    """Under the interpreter, which runs on CPU, few: every program costs it a millisecond."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _spec_w8a8(tiles: Tiles, *, outliers: bool) -> Spec:

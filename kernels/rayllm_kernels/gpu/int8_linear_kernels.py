@@ -11,6 +11,21 @@ _TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
+def largest_magnitude(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
+    """NaN where there is one: the order of non-negative floats is that of their bits, and NaN is above all of them."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=AXIS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_int8(x: tl.tensor, bound: tl.tensor) -> tl.tensor:
+    """`bound`, which is to become 127, in a shape that x broadcasts with."""
+    counts = bound > _TINY  # false for NaN, whose row the scale makes NaN
+    factor = 127.0 / tl.where(counts, bound, 1.0)
+    return tl.where(counts, (x * factor + _ROUND) - _ROUND, 0.0).to(tl.int8)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr: tl.tensor,
     q_ptr: tl.tensor,
@@ -33,13 +48,8 @@ def quantize_rows_kernel(
         tl.store(kept_ptr + row * J + j, kept, mask=j < J)
         for one in range(J):
             x = tl.where(k == tl.load(columns_ptr + one), 0.0, x)
-    # The order of non-negative floats is that of their bits, and NaN is above all of them.
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    bound = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
-    counts = bound > _TINY  # false for NaN, whose row the scale makes NaN
-    factor = 127.0 / tl.where(counts, bound, 1.0)
-    rounded = tl.where(counts, (x * factor + _ROUND) - _ROUND, 0.0)
-    tl.store(q_ptr + row * K + k, rounded.to(tl.int8), mask=k < K)
+    bound = largest_magnitude(x, 0)
+    tl.store(q_ptr + row * K + k, to_int8(x, bound), mask=k < K)
     tl.store(scale_ptr + row, bound / 127.0)
 
 

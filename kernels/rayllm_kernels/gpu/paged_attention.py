@@ -62,7 +62,14 @@ CONFIGS: dict[tuple[bool, int], tuple[Config, ...]] = {
     (True, 256): (_decode(32, 5), _decode(32, 7)),
     (False, 64): (_prefill(128, 64, 8, 5), _prefill(128, 128, 8, 5), _prefill(64, 64, 4, 5)),
     (False, 128): (_prefill(128, 64, 8, 5), _prefill(128, 32, 8, 7), _prefill(64, 64, 4, 5)),
-    (False, 256): (_prefill(64, 32, 4, 5), _prefill(128, 32, 8, 5), _prefill(64, 32, 4, 3)),
+    (False, 256): (_prefill(128, 32, 8, 5), _prefill(64, 32, 8, 5), _prefill(64, 16, 4, 5)),
+}
+# Keys and values of int8 are widened in registers: tiles as above spill some with triton 3.6, and so does the third of
+# those for decode.
+INT8_PREFILL = {
+    64: (_prefill(128, 64, 8, 5), _prefill(64, 64, 4, 5)),
+    128: (_prefill(128, 32, 8, 7), _prefill(128, 64, 8, 3)),
+    256: (_prefill(128, 16, 8, 7), _prefill(64, 16, 4, 5)),
 }
 # 32-bit products run on the ordinary cores; it is there for checks, not for speed.
 _FLOAT32 = Config(block_m=16, tile=32, num_warps=4, num_stages=1)
@@ -121,11 +128,12 @@ class Problem:
         return self._common() | {"ROWS": self.rows_joined, "SPLITS": 32 // self.rows_joined}
 
 
-def choose_config(dtype: torch.dtype, head_dim: int, *, decode: bool) -> Config:
-    """`dtype`: in which the products are taken."""
-    if dtype == torch.float32:
-        return _FLOAT32
-    return CONFIGS[decode, max(64, triton.next_power_of_2(head_dim))][0]
+def configs_for(head_dim: int, *, decode: bool, int8: bool) -> tuple[Config, ...]:
+    """Those that ship for products of 16 bits, the one in use first."""
+    size = max(64, int(triton.next_power_of_2(head_dim)))
+    if not int8:
+        return CONFIGS[decode, size]
+    return CONFIGS[True, size][:2] if decode else INT8_PREFILL[size]
 
 
 def launch(
@@ -153,8 +161,8 @@ def launch(
         return
     decode = tokens <= sequences
     if config is None:
-        same = int8 or q_THE.dtype == k_cache_NPKE.dtype
-        config = choose_config(q_THE.dtype if same else torch.float32, head_dim, decode=decode)
+        wide = q_THE.dtype == torch.float32 or not (int8 or q_THE.dtype == k_cache_NPKE.dtype)
+        config = _FLOAT32 if wide else configs_for(head_dim, decode=decode, int8=int8)[0]
     problem = Problem(
         config=config,
         kv_heads=kv_heads,
@@ -315,17 +323,23 @@ def _spec(
 
 def _specs() -> list[Spec]:
     specs = []
-    for (decode, head_dim), configs in CONFIGS.items():
+    for decode, head_dim in CONFIGS:
         kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
-        for config in configs:
-            tiles = f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages}"
-            specs.append(_spec(f"{kind} {tiles}", config, decode=decode, head_dim=head_dim))
-        specs.append(_spec(f"{kind} int8", configs[0], decode=decode, head_dim=head_dim, int8=True))
-        specs.append(_spec(f"{kind} window", configs[0], decode=decode, head_dim=head_dim, window=True))
+        for int8 in (False, True):
+            for config in configs_for(head_dim, decode=decode, int8=int8):
+                tiles = f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages}"
+                name = f"{kind} {'int8 ' if int8 else ''}{tiles} p{config.programs_per_sm}"
+                specs.append(_spec(name, config, decode=decode, head_dim=head_dim, int8=int8))
+            first = configs_for(head_dim, decode=decode, int8=int8)[0]
+            name = f"{kind} {'int8 ' if int8 else ''}window"
+            specs.append(_spec(name, first, decode=decode, head_dim=head_dim, int8=int8, window=True))
     for decode in (True, False):
         for head_dim in (80, 96):
             kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
-            specs.append(_spec(kind, CONFIGS[decode, 128][0], decode=decode, head_dim=head_dim))
+            for int8 in (False, True):
+                config = configs_for(head_dim, decode=decode, int8=int8)[0]
+                name = f"{kind}{' int8' if int8 else ''}"
+                specs.append(_spec(name, config, decode=decode, head_dim=head_dim, int8=int8))
     return specs
 
 

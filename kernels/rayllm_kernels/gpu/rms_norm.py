@@ -90,12 +90,13 @@ def rms_norm_backward_kernel(
     tl.store(dweight + tl.program_id(0).to(tl.int64) * SIZE + column_D, total_D, column_D < SIZE)
 
 
-def _tile(size: int) -> dict[str, int]:
+def norm_tile(size: int) -> dict[str, int]:
+    """The compile-time arguments that say which rows and columns a program holds."""
     block = triton.next_power_of_2(size)
     return {"SIZE": size, "BLOCK_D": block, "ROWS": max(1, _ELEMENTS // block)}
 
 
-def _warps(size: int) -> int:
+def norm_warps(size: int) -> int:
     """A thread's part of a row is 16 elements."""
     warps: int = max(4, triton.next_power_of_2(size) // 512)
     return warps
@@ -108,7 +109,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     dense = x.is_contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = x if residual is None else torch.empty_like(out)
-    tile = _tile(size)
+    tile = norm_tile(size)
     if rows > 0:
         rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
             x,
@@ -122,7 +123,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
             HEADS=1 if dense else x.shape[1],
             ADD=residual is not None,
             **tile,
-            num_warps=_warps(size),
+            num_warps=norm_warps(size),
         )
     return out, summed
 
@@ -155,7 +156,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """-> the gradients of x (to which `dsummed` is added) and of the weight."""
     size = x.shape[-1]
-    rows, tile = x.numel() // size, _tile(size)
+    rows, tile = x.numel() // size, norm_tile(size)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = max(1, min(_PARTIAL_ROWS, triton.cdiv(rows, tile["ROWS"])))
     dweight = torch.empty((programs, size), dtype=torch.float32, device=x.device)
@@ -170,7 +171,7 @@ def rms_norm_backward(
         eps,
         ADD=dsummed is not None,
         **tile,
-        num_warps=_warps(size),
+        num_warps=norm_warps(size),
     )
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -230,14 +231,14 @@ def _spec(size: int, *, add: bool, backward: bool) -> Spec:
     pointers = dict.fromkeys([*names, *(optional if add else [])], "*bf16") | ({"dweight": "*fp32"} if backward else {})
     integers = {"rows": "i32"} if backward else {"rows": "i32", "pitch": "i32"}
     absent: dict[str, object] = {} if add else dict.fromkeys(optional)
-    constexprs = absent | _tile(size) | {"ADD": add} | ({} if backward else {"HEADS": 1})
+    constexprs = absent | norm_tile(size) | {"ADD": add} | ({} if backward else {"HEADS": 1})
     return Spec(
         name=f"{'add_' if add else ''}rms_norm{' backward' if backward else ''} D{size}",
         kernel=rms_norm_backward_kernel if backward else rms_norm_kernel,
         signature=pointers | integers | {"eps": "fp32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*pointers, *(["pitch"] if "pitch" in integers else [])),
-        num_warps=_warps(size),
+        num_warps=norm_warps(size),
         num_stages=3,
         expects=frozenset(),
     )

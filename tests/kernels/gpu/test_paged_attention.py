@@ -119,6 +119,7 @@ def test_a_cuda_graph_serves_any_lengths(int8: bool) -> None:
     case.check(out)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # which torch itself uses
 def test_torch_compile_keeps_it_whole() -> None:
     case = make_case(STEPS, dtype=torch.bfloat16, device="cuda")
     out = torch.full_like(case.q_THE, math.nan)

@@ -1,10 +1,7 @@
 """The fused kernels under Triton's interpreter, forward and gradients, against float64 and torch's own precision."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
 from rayllm_kernels import (
     add_rms_norm_reference,
@@ -19,36 +16,7 @@ from rayllm_kernels.gpu import rotary as gpu_rotary
 from rayllm_kernels.gpu import silu_mul as gpu_silu
 from rayllm_kernels.gpu.cross_entropy import losses_and_gradients
 from rayllm_kernels.gpu.rotary_store_kv import rotary_store_kv
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
-
-
-def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return (torch.randn(shape, generator=generator) * scale).to(dtype)
-
-
-def assert_as_exact_as_torch(ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
-    """FlashAttention's rule: at most twice the error of the same maths by torch, and a little."""
-    assert ours.shape == exact.shape
-    assert ours.dtype == torchs.dtype
-    allowed = 2 * (torchs.double() - exact).abs().max() + ATOL[ours.dtype] * max(1.0, exact.abs().max().item())
-    assert (ours.double() - exact).abs().max() <= allowed
-
-
-def run(op: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """-> the outputs of `op` in `dtype`, and its gradients for random ones of the outputs."""
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    outputs = op(*leaves)
-    weights = [randn(*y.shape, dtype=torch.bfloat16, seed=7 + i).to(dtype) for i, y in enumerate(outputs)]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
-
-
-def compare(ours: Callable[..., tuple[Tensor, ...]], reference: Callable[..., tuple[Tensor, ...]], inputs, dtype):
-    results = (run(ours, inputs, dtype), run(reference, inputs, dtype), run(reference, inputs, torch.float64))
-    for triple in zip(*results, strict=True):
-        assert_as_exact_as_torch(*triple)
+from tests.kernels.exactness import DTYPES, assert_as_exact_as_torch, compare, randn
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

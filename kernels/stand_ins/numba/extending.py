@@ -1,0 +1,3 @@
+"""See `absent.py`."""
+
+from absent import __getattr__ as __getattr__
