@@ -26,9 +26,12 @@ from rayllm_kernels.simd import (
     emit_prefetch,
     emit_sum_lanes,
     inlined,
+    load,
     operation,
     pointer,
+    prefetch,
     splat,
+    store,
     transpose,
 )
 
@@ -174,33 +177,64 @@ def pack(x: int, rows: int, pitch: int, zeros: int, packed: int) -> None:
         transpose(x + 4 * group, pitch, rows, zeros, packed + 64 * group)
 
 
+@inlined
+def gather_stripe(weight: int, pitch: int, length: int, gathered: int) -> None:
+    """`length` bytes of 32 weight rows -> [length / 64, 32, 64]: no two lines of a tile meet in one set of the cache.
+
+    Fetches the same part of the next 32 rows into the second-level cache.
+    """
+    for r in range(STRIPE):
+        row = weight + r * pitch
+        for k in range(0, length, CACHE_LINE):
+            prefetch(row + STRIPE * pitch + k)
+            store(gathered + STRIPE * k + CACHE_LINE * r, load(row + k))
+
+
 def sum_stripe(tile_dot: Callable[[int, int, int], Any]) -> Any:
     """A helper: 32 weight rows times 16 packed rows of x, or twice 16 -> [left and right, 32 weight rows, 16] at sums.
 
-    Arguments: weight, left, right (0: none), bytes of a weight row (a multiple of 64), sums (of 4 bytes).
+    Arguments: weight, bytes from one of its rows to the next, bytes from 64 bytes of a row to the next 64, left, right
+    (0: none), bytes of a weight row to multiply (a multiple of 64), sums (of 4 bytes), whether to go on from what is
+    there, the weights to fetch meanwhile into the second-level cache (0: none).
     """
     zero_0, zero_1, zero_2, zero_3 = (tile_zero(i) for i in range(4))
     store_0, store_1, store_2, store_3 = (tile_store(i) for i in range(4))
+    load_0, load_1, load_2, load_3 = (tile_load(i) for i in range(4))
     load_upper, load_lower, load_left, load_right = (tile_load(i) for i in range(4, 8))
     dot_upper_left, dot_lower_left = tile_dot(0, 4, 6), tile_dot(1, 5, 6)
     dot_upper_right, dot_lower_right = tile_dot(2, 4, 7), tile_dot(3, 5, 7)
 
     @inlined
-    def multiply(weight: int, left: int, right: int, pitch: int, sums: int) -> None:
-        zero_0()
-        zero_1()
-        zero_2()
-        zero_3()
-        for k in range(0, pitch, 64):
+    def multiply(
+        weight: int, pitch: int, step: int, left: int, right: int, length: int, sums: int, resume: int, ahead: int
+    ) -> None:
+        if resume != 0:
+            load_0(sums, 64)
+            load_1(sums + 1024, 64)
+            if right != 0:
+                load_2(sums + 2048, 64)
+                load_3(sums + 3072, 64)
+        else:
+            zero_0()
+            zero_1()
+            zero_2()
+            zero_3()
+        upper, lower = weight, weight + TILE * pitch
+        for k in range(0, length, CACHE_LINE):
+            if ahead != 0:
+                for line in range(STRIPE):
+                    prefetch(ahead + STRIPE * k + CACHE_LINE * line)
             load_left(left + 16 * k, 64)
-            load_upper(weight + k, pitch)
+            load_upper(upper, pitch)
             dot_upper_left()
-            load_lower(weight + TILE * pitch + k, pitch)
+            load_lower(lower, pitch)
             dot_lower_left()
             if right != 0:
                 load_right(right + 16 * k, 64)
                 dot_upper_right()
                 dot_lower_right()
+            upper += step
+            lower += step
         store_0(sums, 64)
         store_1(sums + 1024, 64)
         if right != 0:

@@ -9,11 +9,13 @@ import numpy as np
 
 from rayllm_kernels.amx import load_tile_config, release_tiles
 from rayllm_kernels.blocks import (
+    CACHE_LINE,
     DOT_OFFSET,
     STRIPE,
     TILE,
     dot_bytes,
     dot_floats,
+    gather_stripe,
     pack,
     sum_stripe_bf16,
     sum_stripe_int8,
@@ -27,15 +29,18 @@ from rayllm_kernels.simd import (
     broadcast,
     fma,
     inlined,
+    join_bf16,
     load,
     load_bf16,
     load_f32,
+    load_f32_from_bf16,
     load_f32_from_i32,
     load_i8,
     load_i32,
     max_abs,
     max_abs_lanes,
     mul,
+    prefetch_to_write,
     rint,
     store,
     store_bf16,
@@ -49,6 +54,8 @@ from rayllm_kernels.simd import (
 
 BLOCK = 4  # rows of x whose sums the vector products keep in registers
 _LINE = 64  # bytes of the cache, and of the vectors that multiply integers
+_GATHERED = 8  # tiles of x from which on it pays to gather 32 weight rows first
+_DEPTH = 512  # bytes of 32 weight rows and of 32 rows of x that stay in the first-level cache together
 
 
 @inlined
@@ -213,6 +220,70 @@ def _multiply_bytes(block: int) -> None:
 multiply_bytes_kernel = Kernel(_multiply_bytes, integers=15)
 
 
+@inlined
+def _finish_pairs(
+    sums: int, x_scales: int, scale: int, bias: int, out: int, outputs: int, row: int, rows: int, n: int, work: int
+) -> None:
+    """As `_finish`, for bfloat16 without outlier columns: [32 outputs, 16 rows of x] sums to `rows` rows of out.
+
+    Two outputs are joined to 32 bits before they are turned, so there is half as much to turn, and whole cache lines
+    to write. `work`: 2 KB.
+    """
+    x_scale = load(x_scales)
+    for pair in range(TILE):
+        first = sums + 2 * _LINE * pair
+        column = n + 2 * pair
+        low = mul(mul(load_f32_from_i32(first), x_scale), broadcast(load_f32(scale + 4 * column)))
+        high = mul(mul(load_f32_from_i32(first + _LINE), x_scale), broadcast(load_f32(scale + 4 * column + 4)))
+        if bias != 0:
+            low = add(low, broadcast(load_f32_from_bf16(bias + 2 * column)))
+            high = add(high, broadcast(load_f32_from_bf16(bias + 2 * column + 2)))
+        store(work + _LINE * pair, join_bf16(low, high))
+    transpose(work, _LINE, TILE, work, work + 1024)
+    for m in range(rows):
+        store(out + 2 * ((row + m) * outputs + n), load(work + 1024 + _LINE * m))
+
+
+@inlined
+def _finish_tile(
+    sums: int,
+    x_scales: int,
+    scale: int,
+    bias: int,
+    out: int,
+    outputs: int,
+    is_bf16: int,
+    kept: int,
+    outlier_weight: int,
+    num_columns: int,
+    row: int,
+    rows: int,
+    n: int,
+    work: int,
+) -> None:
+    """[32 outputs, 16 rows of x] sums to `rows` rows of out, from `row` and output n on. `work`: 2 KB."""
+    if is_bf16 and num_columns == 0:
+        _finish_pairs(sums, x_scales, scale, bias, out, outputs, row, rows, n, work)
+        return
+    for column in range(n, n + STRIPE, TILE):
+        transpose(sums + _LINE * (column - n), _LINE, TILE, work, work)
+        for m in range(rows):
+            _finish(
+                load_f32_from_i32(work + _LINE * m),
+                load_f32(x_scales + 4 * m),
+                load(scale + 4 * column),
+                bias,
+                out,
+                outputs,
+                is_bf16,
+                kept + 4 * m * num_columns,
+                outlier_weight,
+                num_columns,
+                row + m,
+                column,
+            )
+
+
 def _multiply_byte_tiles(block: int) -> None:
     """Kernel: task = some weight rows, a multiple of 32. x is quantized."""
     scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
@@ -225,43 +296,60 @@ def _multiply_byte_tiles(block: int) -> None:
         integer(block, 15),
     )
     tiles = (rows + TILE - 1) // TILE
-    scratch = np.empty(tiles * length // 4 * TILE + 1024 + 256 + 2 * LANES, np.float32)
+    scratch = np.empty(tiles * (length // 4 * TILE + 512 + LANES) + 512 + STRIPE * _DEPTH // 4 + 1024, np.float32)
     packed = (scratch.ctypes.data + 63) // 64 * 64
-    sums = packed + 16 * tiles * length
-    turned = sums + 4096
-    zeros = turned + 1024
+    gathered = packed + 16 * tiles * length
+    sums = gathered + STRIPE * _DEPTH
+    work = sums + 2048 * (tiles + 1)
+    x_scales = work + 2048
+    zeros = x_scales + _LINE * tiles
     store(zeros, broadcast(np.float32(0.0)))
     for tile in range(tiles):
         pack(q + tile * TILE * length, rows - tile * TILE, length, zeros, packed + 16 * tile * length)
+    for m in range(rows):
+        store_f32(x_scales + 4 * m, load_f32(scales + 4 * m))
     load_tile_config(config)
+    gathers = tiles >= _GATHERED
+    depth = _DEPTH if gathers else length
     task = next_task(block)
     while task >= 0:
         first = task * outputs_per_task
         for n in range(first, min(outputs, first + outputs_per_task), STRIPE):
-            for tile in range(0, tiles, 2):
-                left = packed + 16 * tile * length
-                right = left + 16 * length if tile + 1 < tiles else 0
-                sum_stripe_int8(weight + n * length, left, right, length, sums)
-                for part in range(4 if tile + 1 < tiles else 2):
-                    transpose(sums + 1024 * part, 64, TILE, zeros, turned)
-                    row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
-                    weight_scale = load(scale + 4 * column)
-                    for m in range(row, min(row + TILE, rows)):
-                        found = load_f32_from_i32(turned + 64 * (m - row))
-                        ours = kept + 4 * m * num_columns
-                        _finish(
-                            found,
-                            load_f32(scales + 4 * m),
-                            weight_scale,
+            stripe = weight + n * length
+            for k in range(0, length, depth):
+                many = min(depth, length - k)
+                if gathers:
+                    gather_stripe(stripe + k, length, many, gathered)
+                for tile in range(0, tiles, 2):
+                    left = packed + 16 * tile * length + 16 * k
+                    right = left + 16 * length if tile + 1 < tiles else 0
+                    place = sums + 2048 * tile
+                    is_last = k + many == length
+                    if is_last:
+                        for m in range(tile * TILE, min(rows, (tile + 2) * TILE)):
+                            prefetch_to_write(out + (m * outputs + n) * (2 if is_bf16 else 4))
+                    if gathers:
+                        sum_stripe_int8(gathered, _LINE, STRIPE * _LINE, left, right, many, place, k, 0)
+                    else:
+                        ahead = stripe + STRIPE * length if tile == 0 else 0
+                        sum_stripe_int8(stripe, length, _LINE, left, right, many, place, 0, ahead)
+                    for part in range(tile, min(tile + 2, tiles) if is_last else tile):
+                        row = part * TILE
+                        _finish_tile(
+                            sums + 2048 * part,
+                            x_scales + 4 * row,
+                            scale,
                             bias,
                             out,
                             outputs,
                             is_bf16,
-                            ours,
+                            kept + 4 * row * num_columns,
                             outlier_weight,
                             num_columns,
-                            m,
-                            column,
+                            row,
+                            min(TILE, rows - row),
+                            n,
+                            work,
                         )
         task = next_task(block)
     release_tiles()
@@ -378,7 +466,7 @@ def _multiply_widened_tiles(block: int) -> None:
             for tile in range(0, tiles, 2):
                 left = packed + 32 * tile * length
                 right = left + 32 * length if tile + 1 < tiles else 0
-                sum_stripe_bf16(widened, left, right, 2 * length, sums)
+                sum_stripe_bf16(widened, 2 * length, CACHE_LINE, left, right, 2 * length, sums, 0, 0)
                 for part in range(4 if tile + 1 < tiles else 2):
                     transpose(sums + 1024 * part, 64, TILE, zeros, turned)
                     row, column = (tile + part // 2) * TILE, n + part % 2 * TILE

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rayllm_kernels.amx import TILE_CONFIG, load_tile_config, release_tiles
-from rayllm_kernels.blocks import STRIPE, TILE, dot_floats, pack, sum_stripe_bf16
+from rayllm_kernels.blocks import CACHE_LINE, STRIPE, TILE, dot_floats, pack, sum_stripe_bf16
 from rayllm_kernels.dispatch import linear_limits, loops_may_run
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
@@ -119,7 +119,7 @@ def _multiply_tiles(block: int) -> None:
             for tile in range(0, tiles, 2):
                 left = packed + 32 * tile * length
                 right = left + 32 * length if tile + 1 < tiles else 0
-                sum_stripe_bf16(weight + 2 * n * length, left, right, 2 * length, sums)
+                sum_stripe_bf16(weight + 2 * n * length, 2 * length, CACHE_LINE, left, right, 2 * length, sums, 0, 0)
                 for part in range(4 if tile + 1 < tiles else 2):
                     transpose(sums + 1024 * part, 64, TILE, zeros, turned)
                     row, column = (tile + part // 2) * TILE, n + part % 2 * TILE

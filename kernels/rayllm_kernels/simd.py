@@ -156,6 +156,13 @@ def emit_prefetch(builder: Any, address: Any) -> Any:
 prefetch = operation(types.void, types.int64)(emit_prefetch)
 
 
+@operation(types.void, types.int64)
+def prefetch_to_write(builder: Any, address: Any) -> Any:
+    """Ask for the cache line of `address` as the only owner: a store to it need not wait for other memory's content."""
+    byte_pointer = builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
+    return call_llvm(builder, "llvm.prefetch.p0i8", ir.VoidType(), byte_pointer, _INT32(1), _INT32(3), _INT32(1))
+
+
 # Vectors.
 
 
@@ -226,6 +233,18 @@ def store_bf16_exact(builder: Any, address: Any, vector: Any) -> Any:
     """Values that bfloat16 can hold."""
     upper = builder.lshr(builder.bitcast(vector, INTS), splat(16, INTS))
     return builder.store(builder.trunc(upper, SHORTS), pointer(builder, address, SHORTS), align=2)
+
+
+@operation(VECTOR, VECTOR, VECTOR)
+def join_bf16(builder: Any, low: Any, high: Any) -> Any:
+    """16 pairs of the nearest bfloat16, as bits. NaN stays NaN if its lower half is zero: one that bfloat16 made."""
+    rounded = []
+    for vector in (low, high):
+        bits = builder.bitcast(vector, INTS)
+        odd = builder.and_(builder.lshr(bits, splat(16, INTS)), splat(1, INTS))
+        rounded.append(builder.add(builder.add(bits, splat(0x7FFF, INTS)), odd))
+    upper = builder.and_(rounded[1], splat(0xFFFF0000, INTS))
+    return builder.bitcast(builder.or_(builder.lshr(rounded[0], splat(16, INTS)), upper), FLOATS)
 
 
 @operation(VECTOR, VECTOR)

@@ -117,7 +117,11 @@ def convert(
     if recipe.outliers == "smooth":
         assert statistics is not None
         folds = smoothing(
-            checkpoint.spec, recipe.scheme, statistics, lambda layer: _read(checkpoint, f"{layer}.weight")
+            checkpoint.spec,
+            recipe.scheme,
+            statistics,
+            lambda layer: _read(checkpoint, f"{layer}.weight"),
+            head="lm_head" in layers or not checkpoint.spec.tie_word_embeddings,
         )
     elif recipe.outliers == "mixed":
         seen = {layer: [statistics[layer].largest_K] if statistics else [] for layer in layers}
@@ -151,20 +155,19 @@ def _convert_layer(
     energy_K: Tensor | None,
     writer: ShardWriter,
 ) -> LayerReport:
-    weight_NK = folds.apply(layer, _read(checkpoint, f"{layer}.weight"))
-    exact_NK = weight_NK.float()
+    exact_NK = folds.apply(layer, _read(checkpoint, f"{layer}.weight")).float()
     if energy_K is not None and layer in folds.columns:
         energy_K = energy_K / folds.columns[layer].square()
     ranged_NK, judged_K = exact_NK, energy_K
     if columns_J is not None:
         ranged_NK = exact_NK.index_fill(1, columns_J.long(), 0)
         judged_K = None if energy_K is None else energy_K.index_fill(0, columns_J.long(), 0)
-    scale_N1 = clip_scale(ranged_NK, judged_K) if recipe.outliers == "clip" else absmax_scale(ranged_NK)
+    scale_N1 = clip_scale(ranged_NK, judged_K) if recipe.outliers in ("clip", "smooth") else absmax_scale(ranged_NK)
     q_NK = round_to_int8(exact_NK, scale_N1)
     stored_NK = q_NK * scale_N1
     stem = _stored_name(checkpoint, f"{layer}.weight").removesuffix(".weight")
     if columns_J is not None:
-        kept_NJ = weight_NK[:, columns_J.long()].to(torch.bfloat16)
+        kept_NJ = exact_NK[:, columns_J.long()].to(torch.bfloat16)
         stored_NK[:, columns_J.long()] = kept_NJ.float()
         writer.add_outlier(f"{stem}.outlier_columns", columns_J)
         writer.add_outlier(f"{stem}.outlier_weight", kept_NJ)
@@ -217,7 +220,8 @@ def _other_parameters(checkpoint: Checkpoint, layers: set[str], folds: Folds) ->
     for name in _stored_once(checkpoint):
         module, _, kind = name.rpartition(".")
         if module not in layers or kind != "weight":
-            yield checkpoint.source(name).name, folds.apply(module, _read(checkpoint, name))
+            parameter = _read(checkpoint, name)
+            yield checkpoint.source(name).name, folds.apply(module, parameter).to(parameter.dtype)
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -2,7 +2,10 @@
 
 A layer's input j is divided by s[j] and its weights for j are multiplied by it: the product stays what it was. Dividing
 costs nothing where the input comes out of something linear: a norm (its weight and bias), or, for the way down of a
-gated MLP, the rows of its way up. The s are powers of two, so that folding them rounds nothing in any float dtype.
+gated MLP, the rows of its way up. The s are not rounded to powers of two, which would fold without any loss: what a
+16-bit norm loses is far less than what activations lose by factors that miss by up to the root of two (SmolLM2-135M,
+W8A8, 1024 tokens each: KL divergence 1.5 % on English and 1.8 % on Korean with exact factors, 1.5 and 2.2 % with powers
+of two).
 
 How much of the spread moves, the paper's alpha, is tried out on a sample of inputs for each set of layers that share
 them, as AWQ (Lin et al. 2023) does; so weights that meet large inputs get a finer grid in W8A16 too.
@@ -20,7 +23,8 @@ from rayllm.quant.calibrate import InputStatistics
 from rayllm.quant.ranges import absmax_scale, round_to_int8
 from rayllm_kernels import quantize_rows_reference
 
-ALPHAS = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
+ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_LARGEST = 2.0**12  # of a factor, and one over the smallest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,11 @@ class Folds:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, module: str, parameter: Tensor) -> Tensor:
-        """What the parameter (a weight or bias) of `module` becomes, in its own dtype."""
+        """What the parameter (a weight or bias) of `module` becomes, in float32 where anything changes."""
         if (rows_N := self.rows.get(module)) is not None:
-            parameter = parameter / (rows_N[:, None] if parameter.dim() == 2 else rows_N).to(parameter.dtype)
+            parameter = parameter.float() / (rows_N[:, None] if parameter.dim() == 2 else rows_N)
         if (columns_K := self.columns.get(module)) is not None and parameter.dim() == 2:
-            parameter = parameter * columns_K.to(parameter.dtype)
+            parameter = parameter.float() * columns_K
         return parameter
 
 
@@ -44,21 +48,26 @@ def smoothing(
     scheme: Scheme,
     statistics: Mapping[str, InputStatistics],
     read_weight: Callable[[str], Tensor],
+    *,
+    head: bool,
 ) -> Folds:
-    """`read_weight`: by layer name -> [N, K]."""
+    """`read_weight`: by layer name -> [N, K]. `head`: whether it has weights of its own, which the embedding does not
+    share."""
     folds = Folds()
+    pairs: list[tuple[str, list[str]]] = [("norm", ["lm_head"])] if head else []
     for layer in range(spec.num_layers):
         block = f"layers.{layer}"
         attention = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
         gate = [f"{block}.mlp.gate_proj"] if spec.gated_mlp else []
         up, down = f"{block}.mlp.up_proj", f"{block}.mlp.down_proj"
-        pairs = [(f"{block}.input_layernorm", attention), (f"{block}.post_attention_layernorm", [*gate, up])]
+        pairs.append((f"{block}.input_layernorm", attention))
+        pairs.append((f"{block}.post_attention_layernorm", [*gate, up]))
         if spec.gated_mlp:
             pairs.append((up, [down]))
-        for source, layers in pairs:
-            factors_K = _best_factors([read_weight(name).float() for name in layers], statistics[layers[0]], scheme)
-            folds.rows[source] = factors_K
-            folds.columns.update(dict.fromkeys(layers, factors_K))
+    for source, layers in pairs:
+        factors_K = _best_factors([read_weight(name).float() for name in layers], statistics[layers[0]], scheme)
+        folds.rows[source] = factors_K
+        folds.columns.update(dict.fromkeys(layers, factors_K))
     return folds
 
 
@@ -74,7 +83,7 @@ def _factors(inputs_K: Tensor, weights_K: Tensor, alpha: float) -> Tensor:
     if alpha == 0:
         return torch.ones_like(inputs_K)
     factors_K = torch.where((inputs_K > 0) & (weights_K > 0), inputs_K**alpha / weights_K ** (1 - alpha), 1.0)
-    return torch.exp2(factors_K.log2().round().clamp(-12, 12))
+    return factors_K.clamp(1 / _LARGEST, _LARGEST)
 
 
 def _output_error(weights: Sequence[Tensor], sample_RK: Tensor, factors_K: Tensor, scheme: Scheme) -> float:

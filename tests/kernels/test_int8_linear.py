@@ -92,7 +92,7 @@ every_loop = pytest.mark.parametrize("loop", ALL_LOOPS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "length"), [(96, 576), (32, 64), (320, 1536)])
 def test_w8a8(loop: str, dtype: torch.dtype, outputs: int, length: int) -> None:
-    for rows, mixed in pairs([1, 2, 5, 16, 17, 33, 65], [False, True]):
+    for rows, mixed in pairs([1, 2, 5, 16, 17, 33, 65, 130], [False, True]):  # tiles gather the weights from 113 on
         case = make(rows, outputs, length, dtype)
         result = w8a8_linear(case.x, case.weight, case.scale, case.bias, **(case.mixed if mixed else {}))
         assert result.dtype == dtype
