@@ -23,9 +23,12 @@ def on_triton(op: str, x: Tensor) -> bool:
     return x.is_cuda and _has_triton(op)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_triton(op: str) -> bool:
     return _decide(op)
+
+
+# What torch.compiler.assume_constant_result sets, which imports torch's whole compiler, and triton, to set it.
+_has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
