@@ -18,6 +18,7 @@ from rayllm.eval.data import Data, Row, Table
 from rayllm.eval.registry import find_task
 from tests.eval_documents import Golden
 from tests.eval_runs import write_table
+from tests.lm_eval_replay import Asked
 
 DATA = Path(os.environ.get("EVAL_DATA", Path(__file__).parents[1] / ".eval-data"))
 
@@ -92,6 +93,17 @@ class LmEval:
             from lm_eval.models.huggingface import HFLM
 
             self._model = HFLM(pretrained=str(model), dtype=dtype, batch_size=batch_size, device="cpu")
+
+    def generate(self, requests: Sequence[Asked]) -> list[str]:
+        """All of them in batches, each text cut as lm-eval cuts it."""
+        from lm_eval.api.instance import Instance
+
+        instances = [
+            Instance(request_type="generate_until", doc={}, arguments=(each.prompt, dict(each.options)), idx=0)
+            for each in requests
+        ]
+        texts: list[str] = self._model.generate_until(instances, disable_tqdm=True)
+        return texts
 
     def run(
         self,

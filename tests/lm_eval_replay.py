@@ -15,6 +15,7 @@ class Asked:
     until: tuple[str, ...]
     max_tokens: int | None  # None: lm-eval's default, 256
     do_sample: bool
+    options: Mapping[str, Any]  # all that lm-eval hands its model, the above included
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,7 @@ def _asked(prompt: str, options: Mapping[str, Any]) -> Asked:
         until=tuple(options["until"]),
         max_tokens=options.get("max_gen_toks"),
         do_sample=bool(options.get("do_sample")),
+        options=options,
     )
 
 

@@ -4,6 +4,7 @@
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from rayllm.core.errors import ConfigError
 
 if TYPE_CHECKING:  # brings torch
     from rayllm.eval.backend import Backend
+    from rayllm.eval.data import Data
     from rayllm.eval.runner import EvalSettings, TaskResult
     from rayllm.eval.task import Task
 
@@ -78,22 +80,27 @@ def run(
     Prompts, scores and metrics are those of lm-eval 0.4.13. With --json, `tasks` holds for each task its `metrics`,
     each with `value` and `stderr`, and the same for its `groups`.
     """
+    from rayllm.eval.data import Data
     from rayllm.eval.registry import find_task
-    from rayllm.eval.runner import EvalSettings, check_permission
+    from rayllm.eval.runner import EvalSettings, check_task
 
     settings = EvalSettings(num_fewshot=num_fewshot, limit=limit, seed=seed, allow_code_execution=allow_code_execution)
     chosen = [find_task(name.strip()) for name in tasks.split(",") if name.strip()]
     if not chosen:
         raise ConfigError("--tasks: names no task")
-    for task in chosen:
-        check_permission(task, settings)
     if (model is None) == (url is None):
         raise ConfigError("give either a model or --url")
+    documents = Data(data)
+
+    def check_tasks() -> None:
+        for task in chosen:
+            check_task(task, documents, settings)
+
     with stdout_kept_clean():
-        backend = _open_backend(engine, model, url)
+        backend = _open_backend(engine, model, url, check_tasks)
         loaded_as = {name: getattr(engine, name) for name in ("dtype", "quantize", "kv_cache_dtype", "max_model_len")}
         try:
-            report = _run_tasks(chosen, backend, loaded_as, data, settings, output)
+            report = _run_tasks(chosen, backend, loaded_as, documents, settings, output)
         finally:
             backend.close()
     if as_json:
@@ -102,14 +109,20 @@ def run(
     _print(report)
 
 
-def _open_backend(engine: EngineOptions, model: str | None, url: str | None) -> "Backend":
+def _open_backend(
+    engine: EngineOptions, model: str | None, url: str | None, check_tasks: Callable[[], None]
+) -> "Backend":
+    """`check_tasks` is called before a model is loaded, which takes long, but after an endpoint has been asked."""
     if url is not None:
         engine.refuse_with_url()
         from rayllm.eval.http_backend import HttpBackend
 
-        return HttpBackend(url)
+        backend = HttpBackend(url)
+        check_tasks()
+        return backend
     from rayllm.eval.local_backend import LocalBackend
 
+    check_tasks()
     return LocalBackend.open(engine.config(model))
 
 
@@ -117,12 +130,11 @@ def _run_tasks(
     tasks: "list[Task]",
     backend: "Backend",
     loaded_as: dict[str, Any],
-    folder: Path | None,
+    data: "Data",
     settings: "EvalSettings",
     output: Path | None,
 ) -> dict[str, Any]:
     """`loaded_as`: what was asked for that changes what the model answers."""
-    from rayllm.eval.data import Data
     from rayllm.eval.runner import run_task
     from rayllm.eval.samples import claim, write_results
 
@@ -135,7 +147,6 @@ def _run_tasks(
     }
     if output is not None:
         claim(output, described)
-    data = Data(folder)
     results: list[TaskResult] = []
     started = time.perf_counter()
     for task in tasks:

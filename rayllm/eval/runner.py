@@ -71,13 +71,11 @@ class _Item:
     seed: int
 
 
-def check_permission(task: Task, settings: EvalSettings) -> None:
-    """Raises ConfigError for a task that runs what the model writes, unless that is allowed."""
-    if task.runs_code and not settings.allow_code_execution:
-        raise ConfigError(
-            f"{task.name} runs programs that the model writes; allow it with --allow-code-execution, on a machine "
-            "where that does no harm"
-        )
+def check_task(task: Task, data: Data, settings: EvalSettings) -> None:
+    """Raises what `run_task` would raise without asking the model anything: before a large one is loaded, say."""
+    task.check_permission(allow_code_execution=settings.allow_code_execution)
+    documents = _first_of_each_subject(task.documents(data), settings.limit)
+    _shot_pool(task, documents, data, _num_fewshot(task, settings))
 
 
 def run_task(
@@ -90,9 +88,9 @@ def run_task(
     progress: Progress,
 ) -> TaskResult:
     """Raises DataError for data that is missing, ConfigError for what cannot be run."""
-    check_permission(task, settings)
+    task.check_permission(allow_code_execution=settings.allow_code_execution)
     documents = _first_of_each_subject(task.documents(data), settings.limit)
-    num_fewshot = task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
+    num_fewshot = _num_fewshot(task, settings)
     items = _items(task, documents, data, num_fewshot, settings.seed)
     store = SampleStore(output, task.name)
     scores = _scores_so_far(store, task, documents)
@@ -167,7 +165,14 @@ class _Scorer:
         self._keep(item, responses, score.result())
 
 
-def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: int, seed: int) -> list[_Item]:
+def _num_fewshot(task: Task, settings: EvalSettings) -> int:
+    return task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
+
+
+def _shot_pool(
+    task: Task, documents: Sequence[Document], data: Data, num_fewshot: int
+) -> Mapping[str, Sequence[Document]]:
+    """By subject, and enough for each of them."""
     pool: Mapping[str, Sequence[Document]] = task.shots(data) if num_fewshot else {}
     spare = 1 if task.shot_order is ShotOrder.RANDOM_OTHERS else 0
     for subject in sorted({document.subject for document in documents} if num_fewshot else ()):
@@ -175,6 +180,11 @@ def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: i
         if available < num_fewshot:
             of_what = f" of {subject}" if subject else ""
             raise ConfigError(f"{task.name}: {num_fewshot} shots are asked for, but there are {available}{of_what}")
+    return pool
+
+
+def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: int, seed: int) -> list[_Item]:
+    pool = _shot_pool(task, documents, data, num_fewshot)
     shots = choose_shots(documents, pool, num_fewshot, task.shot_order)
     return [
         _Item(

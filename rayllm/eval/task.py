@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rayllm.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from rayllm.eval.data import Data
 
@@ -134,7 +136,7 @@ class Task(ABC):
     metrics: tuple[str, ...]
     num_fewshot: ClassVar[int] = 0  # where the user says nothing
     shot_order: ClassVar[ShotOrder] = ShotOrder.RANDOM
-    runs_code: ClassVar[bool] = False  # `score` runs what the model wrote
+    runs_code: ClassVar[bool] = False  # `score` runs what the model wrote: ask `check_permission` first
 
     @abstractmethod
     def documents(self, data: "Data") -> Sequence[Document]:
@@ -170,9 +172,22 @@ class Task(ABC):
     def prompt(self, document: Document, shots: Sequence[Document]) -> str:
         return self.description(document) + "".join(map(self.example, shots)) + self.question(document)
 
-    def reward(self, document: Document, text: str) -> float:
-        """What `text` is worth as the answer to `question`: the first metric."""
+    def reward(self, document: Document, text: str, *, allow_code_execution: bool = False) -> float:
+        """What `text` is worth as the answer to `question`. See `check_permission`."""
+        self.check_permission(allow_code_execution=allow_code_execution)
+        return self.worth(document, text)
+
+    def worth(self, document: Document, text: str) -> float:
+        """`reward` once it is permitted: the first metric."""
         return self.score(document, [Generated(texts=(text,))]).values[self.metrics[0]]
+
+    def check_permission(self, *, allow_code_execution: bool) -> None:
+        """Raises ConfigError for a task that runs what the model writes, unless that is allowed."""
+        if self.runs_code and not allow_code_execution:
+            raise ConfigError(
+                f"{self.name} runs programs that the model writes; allow it with --allow-code-execution, on a machine "
+                "where that does no harm"
+            )
 
     def groups(self, document: Document) -> Sequence[str]:
         """The parts of the task, besides the whole, that the document counts towards."""

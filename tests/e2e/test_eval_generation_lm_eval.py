@@ -12,43 +12,23 @@ from typing import Any
 import pytest
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig
-from rayllm.eval.answers import minerva, numbers
+from rayllm.eval.answers import minerva
 from rayllm.eval.answers.boxed import last_boxed
 from rayllm.eval.data import Data
 from rayllm.eval.local_backend import LocalBackend
 from rayllm.eval.registry import find_task
-from rayllm.eval.task import Document, Generate, Generated, Task, choose_shots
+from rayllm.eval.task import Document, Generate, Task, choose_shots
 from rayllm.eval.tasks.math_data import SUBJECTS
 from rayllm.models.hub import resolve_model
 from tests import eval_runs
 from tests.eval_runs import write_table
+from tests.lm_eval_generation import CONFIGS, load, verdict_of, verdict_of_lm_eval
 from tests.lm_eval_reference import LmEval, data_folder, tables_of
 from tests.lm_eval_replay import Judged, asked, judged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "generation.json"
-CONFIGS = {
-    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
-    "humaneval": "humaneval/humaneval.yaml",
-    "humaneval_instruct": "humaneval/humaneval_instruct.yaml",
-    "mbpp": "mbpp/mbpp.yaml",
-    **{
-        f"{family}_{subject}": f"{family}/{family}_{subject}.yaml"
-        for family in ("hendrycks_math", "minerva_math")
-        for subject in SUBJECTS
-    },
-}
-
-
-def load(name: str, tmp_path: Path, limit: int | None = None) -> tuple[Task, list[Document], dict[str, Path]]:
-    """The task, its documents, and the files from which lm-eval reads the same ones."""
-    task = find_task(name)
-    documents = list(task.documents(Data(data_folder())))[:limit]
-    table = tables_of(name)[0]
-    rows = [{column: document.fields[column] for column in table.columns} for document in documents]
-    path = write_table(tmp_path / "data", table, rows)
-    return task, documents, {"test": path, "train": path}
 
 
 def our_requests(task: Task, documents: Sequence[Document]) -> list[Generate]:
@@ -64,7 +44,7 @@ def our_requests(task: Task, documents: Sequence[Document]) -> list[Generate]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_prompt_is_the_same(name: str, tmp_path: Path) -> None:
-    task, documents, files = load(name, tmp_path)
+    task, documents, files = load(name, tmp_path / "data")
     ours = our_requests(task, documents)
     theirs = asked(tmp_path, CONFIGS[name], files)
     assert len(ours) == len(theirs) > 100
@@ -144,41 +124,24 @@ WRITTEN: dict[str, tuple[Callable[[Document, int], str], int]] = {
 }
 
 
-def compare(
-    name: str, task: Task, documents: Sequence[Document], texts: Sequence[str], theirs: Sequence[Judged]
-) -> int:
+def compare(task: Task, documents: Sequence[Document], texts: Sequence[str], theirs: Sequence[Judged]) -> int:
     """How many documents were right in the first metric. Any difference fails."""
-    right = 0
-    differences = []
-    for document, text, other in zip(documents, texts, theirs, strict=True):
-        score = task.score(document, [Generated(texts=(text,))])
-        right += score.values[task.metrics[0]] > 0
-        values = other.metrics
-        if name == "gsm8k_cot":
-            expected = {found: values[found]["exact_match"] for found in task.metrics}
-            extracted = {
-                "strict-match": numbers.first_number(text, numbers.SENTENCE),
-                "flexible-extract": score.extracted,
-            }
-            assert extracted == other.extracted
-        elif task.runs_code:
-            expected = dict(values.get("create_test") or {"pass@1": values["none"]["pass_at_1"]})
-            (program,) = other.extracted.get("create_test") or [other.extracted["none"]]
-            assert score.extracted == program
-        else:
-            expected = dict(values["none"])
-        if dict(score.values) != expected:
-            differences.append((document.index, text, dict(score.values), expected))
-    assert differences == []
-    return right
+    ours = [verdict_of(task, document, text) for document, text in zip(documents, texts, strict=True)]
+    differing = [
+        (document.index, text, mine, verdict_of_lm_eval(task, other))
+        for document, text, mine, other in zip(documents, texts, ours, theirs, strict=True)
+        if mine != verdict_of_lm_eval(task, other)
+    ]
+    assert differing == []
+    return sum(verdict.values[task.metrics[0]] > 0 for verdict in ours)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_written_answers_score_the_same(name: str, tmp_path: Path) -> None:
     write, limit = WRITTEN[name]
-    task, documents, files = load(name, tmp_path, limit)
+    task, documents, files = load(name, tmp_path / "data", limit)
     texts = [write(document, i) for i, document in enumerate(documents)]
-    right = compare(name, task, documents, texts, judged(tmp_path, CONFIGS[name], files, texts))
+    right = compare(task, documents, texts, judged(tmp_path, CONFIGS[name], files, texts))
     print(f"{name}: {len(documents)} documents, {right} right in both")
     assert 0.1 < right / len(documents) < 0.9  # so the comparison is one of right and of wrong answers
 
@@ -217,19 +180,19 @@ GENERATED = {
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_answers_score_the_same(name: str, backend: LocalBackend, tmp_path: Path) -> None:
-    task, documents, files = load(name, tmp_path, GENERATED[name])
+    task, documents, files = load(name, tmp_path / "data", GENERATED[name])
     result = eval_runs.run(name, backend, Data(tmp_path / "data"), tmp_path / "run", allow_code_execution=True)
     rows = eval_runs.rows(tmp_path / "run", name)
     texts = [row["responses"][0]["text"] for row in rows]
     theirs = judged(tmp_path, CONFIGS[name], files, texts)
-    right = compare(name, task, documents, texts, theirs)
+    right = compare(task, documents, texts, theirs)
     assert result.metrics[0].value * len(documents) == pytest.approx(right)
 
 
 @pytest.mark.parametrize("name", ["gsm8k_cot", "hendrycks_math_algebra", "minerva_math_algebra"])
 def test_generated_texts_are_the_same(name: str, backend: LocalBackend, model: Path, tmp_path: Path) -> None:
     """lm-eval generates through transformers, one document at a time."""
-    _, documents, files = load(name, tmp_path, 8)
+    _, documents, files = load(name, tmp_path / "data", 8)
     eval_runs.run(name, backend, Data(tmp_path / "data"), tmp_path / "run")
     ours = [row["responses"][0]["text"] for row in eval_runs.rows(tmp_path / "run", name)]
     theirs = LmEval(model, batch_size=1).run(tmp_path, CONFIGS[name], files, num_fewshot=find_task(name).num_fewshot)

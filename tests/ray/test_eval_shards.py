@@ -7,6 +7,7 @@ import pytest
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
 from rayllm.eval.data import Data, Table
 from rayllm.eval.local_backend import LocalBackend
+from rayllm.eval.task import Generate, Generated, Response
 from tests.eval_documents import ANATOMY, PIQA
 from tests.eval_runs import answers, run, write_table
 
@@ -23,9 +24,27 @@ def scores(model: Path, tensor: int, data: Data, output: Path) -> list[tuple[str
     try:
         run("mmlu_anatomy", backend, data, output, num_fewshot=2)
         run("piqa", backend, data, output)
+        texts = written(backend)
     finally:
         backend.close()
-    return answers(output, "mmlu_anatomy") + answers(output, "piqa")
+    return answers(output, "mmlu_anatomy") + answers(output, "piqa") + [(text, []) for text in texts]
+
+
+def written(backend: LocalBackend) -> list[str]:
+    """Greedy and sampled texts."""
+    requests = [
+        Generate(prompt=prompt, max_tokens=40, temperature=temperature)
+        for prompt in ("and the", "hand", "To dry shoes quickly, use")
+        for temperature in (0.0, 1.0)
+    ]
+    texts: dict[int, str] = {}
+
+    def hear(index: int, response: Response) -> None:
+        assert isinstance(response, Generated)
+        (texts[index],) = response.texts
+
+    backend.run(requests, range(len(requests)), hear)
+    return [texts[index] for index in range(len(requests))]
 
 
 def test_scores_do_not_depend_on_the_shards(session, make_tiny_model, tmp_path):

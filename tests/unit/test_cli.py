@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -303,6 +304,28 @@ def test_eval_json_and_resume(rayllm, tiny_model: Path, tmp_path: Path):
     other = rayllm(*arguments, "--quantize", "w8a8")
     assert other.status == 1
     assert "holds another run (quantize: None there, 'w8a8' here)" in other.err
+
+
+def test_eval_goes_on_where_it_was_killed(rayllm, tiny_model: Path, tmp_path: Path):
+    """SIGKILL, as the kernel's out-of-memory killer sends it: nothing is tidied up."""
+    goals = [{"goal": f"To dry {i}", "sol1": "use paper", "sol2": "use soup", "label": i % 3 % 2} for i in range(3000)]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in goals))
+    arguments = ["eval", tiny_model, "--tasks", "piqa", "--data", tmp_path, "--json", "--output"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "rayllm", *map(str, arguments), str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    first_shard = tmp_path / "run/samples/piqa/00000.parquet"
+    while not first_shard.exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    resumed = json.loads(rayllm(*arguments, tmp_path / "run").out)["tasks"]["piqa"]
+    assert 0 < resumed["num_resumed"] < resumed["num_documents"] == 3000
+    unbroken = json.loads(rayllm(*arguments, tmp_path / "unbroken").out)["tasks"]["piqa"]
+    assert resumed["metrics"] == unbroken["metrics"]
 
 
 def test_version(rayllm):

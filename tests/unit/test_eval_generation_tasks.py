@@ -3,14 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from rayllm.core.errors import ConfigError
 from rayllm.eval.data import Data
 from rayllm.eval.registry import find_task
+from rayllm.eval.sandbox.check import Check, shared_sandbox
 from rayllm.eval.task import Document, Generate, Generated, Score, choose_shots
-from rayllm.eval.tasks.program import ProgramTask
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "generation.json").read_text(encoding="utf-8"))
 DOCUMENTS: Mapping[str, Mapping[str, Any]] = {case["task"]: case["document"] for case in GOLDEN}
@@ -137,6 +138,20 @@ def test_rewards_end_where_the_answer_does() -> None:
     cot = find_task("gsm8k_cot")
     assert cot.reward(document("gsm8k_cot"), " The answer is 30.\n\nQ: And now? The answer is 7.") == 1.0
     humaneval = find_task("humaneval_64")
-    assert isinstance(humaneval, ProgramTask)
-    assert humaneval.reward(document("humaneval"), RIGHT + "\nprint(1 / 0)") == 1.0
-    assert humaneval.reward(document("humaneval"), "    return 0\n") == 0.0
+    one = document("humaneval")
+    assert humaneval.reward(one, RIGHT + "\nprint(1 / 0)", allow_code_execution=True) == 1.0
+    assert humaneval.reward(one, "    return 0\n", allow_code_execution=True) == 0.0
+
+
+def refuse_to_run(check: Check) -> NoReturn:
+    raise AssertionError("the program was run")
+
+
+@pytest.mark.parametrize("name", ["humaneval", "humaneval_instruct", "humaneval_64", "mbpp"])
+def test_rewards_run_programs_only_where_that_is_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, one = find_task(name), document(name)
+    monkeypatch.setattr(shared_sandbox(), "run", refuse_to_run)
+    with pytest.raises(ConfigError, match=f"{name} runs programs .* allow it with --allow-code-execution"):
+        task.reward(one, RIGHT)
+    with pytest.raises(AssertionError, match="the program was run"):
+        task.reward(one, RIGHT, allow_code_execution=True)

@@ -47,7 +47,7 @@ class Generation(Task):
         assert isinstance(response, Generated)
         return self.score_texts(document, response.texts)
 
-    def reward(self, document: Document, text: str) -> float:
+    def worth(self, document: Document, text: str) -> float:
         """The first metric; what follows the answer's end does not count."""
         return self.score_texts(document, [self.cut(text)]).values[self.metrics[0]]
 

@@ -46,7 +46,7 @@ class MultipleChoice(Task):
         values = {"acc": float(best == self.gold(document)), "acc_norm": float(best_by_length == self.gold(document))}
         return Score(values={name: values[name] for name in self.metrics}, extracted=choices[best])
 
-    def reward(self, document: Document, text: str) -> float:
+    def worth(self, document: Document, text: str) -> float:
         """1 where the text begins with the right choice, after white space."""
         return float(text.strip().startswith(self.target(document)))
 

@@ -64,7 +64,7 @@ class Perplexity(Task):
             }
         )
 
-    def reward(self, document: Document, text: str) -> float:
+    def worth(self, document: Document, text: str) -> float:
         raise ConfigError(f"{self.name} gives no reward: it has no answers")
 
     def aggregate(self, scored: Sequence[Scored]) -> list[Metric]:

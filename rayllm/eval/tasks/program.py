@@ -37,6 +37,6 @@ class ProgramTask(Generation):
         values = {f"pass@{k}": pass_at_k(len(texts), right, k) for k in self._ks}
         return Score(values=values, extracted=checks[0].program)
 
-    def reward(self, document: Document, text: str) -> float:
-        """1 if the program passes. It is run: the caller has to have been allowed that."""
+    def worth(self, document: Document, text: str) -> float:
+        """1 if the program passes."""
         return float(shared_sandbox().run(self.check(document, self.cut(text))).passed)
