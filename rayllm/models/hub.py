@@ -80,7 +80,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _hub_snapshot(name: str, progress: Progress) -> Path:
-    import httpx
+    import httpx2  # what huggingface_hub speaks
     from huggingface_hub import errors, snapshot_download
 
     progress("download", 0.0)
@@ -91,7 +91,7 @@ def _hub_snapshot(name: str, progress: Progress) -> Path:
     except errors.RepositoryNotFoundError as error:
         hint = _suggestion(name, EMBEDDED)
         raise CheckpointError(name, f"is not a directory here, and the hub has no such model{hint}") from error
-    except (OSError, ValueError, httpx.HTTPError, errors.RevisionResolutionError, errors.XetDownloadError) as error:
+    except (OSError, ValueError, httpx2.HTTPError, errors.RevisionResolutionError, errors.XetDownloadError) as error:
         hint = _suggestion(name, EMBEDDED)
         raise CheckpointError(name, f"is not a directory here, and the hub cannot be reached{hint}") from error
     progress("download", 1.0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import threading
 import zipfile
 from dataclasses import replace
@@ -47,6 +48,30 @@ class TestResolve:
     def test_what_is_not_there(self, name, problem):
         with pytest.raises(CheckpointError, match=problem):
             resolve_model(name)
+
+    def test_a_server_that_is_no_hub(self, monkeypatch):
+        """Such as a proxy that refuses: its answer is not HTTP, whatever the status."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(30)
+
+            def answer() -> None:
+                while True:
+                    try:
+                        connection, _ = server.accept()
+                    except OSError:
+                        return
+                    with connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(b"go away\n")
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+            with pytest.raises(CheckpointError, match="someone/model: is not a directory here, and the hub cannot be"):
+                resolve_model("someone/model")
+            server.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
     def test_a_mistyped_directory_is_not_looked_for_on_the_hub(self, tmp_path, monkeypatch):
         (tmp_path / "models" / "llama").mkdir(parents=True)
