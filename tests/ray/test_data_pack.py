@@ -1,11 +1,13 @@
 """Packing by Ray Data equals packing in one process, and its errors are as clear."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import ray
 
+from rayllm.cli.main import main
 from rayllm.core.errors import DataError
 from rayllm.train.data import sources
 from rayllm.train.data.dataset import PackedDataset
@@ -65,3 +67,22 @@ def test_bad_data_is_refused_before_ray_is_asked(tmp_path: Path, tiny_model: Pat
     file = write(tmp_path / "a.jsonl", [{"text": "x"}, {"text": 3}])
     with pytest.raises(DataError, match="line 2: text: is of type int"):
         prepare([file], tmp_path / "out", tiny_model, PackSettings(kind=Kind.TEXT, sequence_length=32))
+
+
+def test_from_the_command_line(session: Session, tmp_path: Path, tiny_model: Path, monkeypatch, capsys):
+    """Relative paths: workers have a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.jsonl"), [{"text": f"the cat {n}"} for n in range(20)])
+    command = ["data", "pack", "a.jsonl", "--output", "out", "--tokenizer", str(tiny_model), "--sequence-length", "32"]
+    monkeypatch.setattr(sys, "argv", ["rayllm", *command, "--json"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    output = capsys.readouterr()
+    assert not exit_.value.code, output.err
+    facts = json.loads(output.out)
+    dataset = PackedDataset(tmp_path / "out")
+    assert facts["num_documents"] == 20
+    assert facts["fingerprint"] == dataset.info.fingerprint
+    held = sum(sum(dataset.row(sample).document_lengths) for sample in range(len(dataset)))
+    assert facts["padding"] == pytest.approx(1 - held / (32 * len(dataset)))
+    assert output.err == "checked: 20 rows, 1 files\n"

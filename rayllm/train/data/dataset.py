@@ -63,13 +63,14 @@ class PackedDataset:
     def row(self, sample: int) -> PackedRow:
         """Of texts or conversations."""
         table, place = self._find(sample)
-        row = table.slice(place, 1).to_pydict()
+        tokens, mask = (table[name][place].values for name in ("tokens", "mask"))
+        lengths, ids, offsets = (table[name][place].as_py() for name in table.column_names[2:])
         return PackedRow(
-            tokens=np.array(row["tokens"][0], dtype=np.int32),
-            mask=np.array(row["mask"][0], dtype=np.bool_),
-            document_lengths=row["document_lengths"][0],
-            document_ids=row["document_ids"][0],
-            document_offsets=row["document_offsets"][0],
+            tokens=tokens.to_numpy(),
+            mask=mask.to_numpy(zero_copy_only=False),
+            document_lengths=lengths,
+            document_ids=ids,
+            document_offsets=offsets,
         )
 
     def pair(self, sample: int) -> Pair:
