@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from rayllm.train.data.info import FileInfo
 from rayllm.train.data.packing import PackedRow
 
-_GROUP_TOKENS = 1 << 15
-_FILE_TOKENS = 1 << 26
+_GROUP_TOKENS = 1 << 13  # read whole for any one row of them
+_FILE_TOKENS = 1 << 25
 _TOKENS = pa.list_(pa.int32())
 
 
