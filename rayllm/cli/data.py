@@ -90,11 +90,13 @@ def _pack(inputs: list[Path], output: Path, tokenizer: str, settings: "PackSetti
 
 
 def _facts(info: "DatasetInfo", output: Path) -> dict[str, Any]:
+    from rayllm.train.data.rows import Kind
+
     slots = info.num_rows * info.sequence_length
-    facts: dict[str, Any] = {"directory": str(output), "kind": info.kind, "sequence_length": info.sequence_length}
+    facts: dict[str, Any] = {"directory": str(output), "kind": info.kind.value, "sequence_length": info.sequence_length}
     for name in ("num_rows", "num_documents", "num_pieces", "num_tokens", "num_targets", "num_empty", "num_dropped"):
         facts[name] = getattr(info, name)
-    if info.kind != "preference":
+    if info.kind is not Kind.PREFERENCE:
         # the first token of each piece that goes on is there twice
         held = info.num_tokens + info.num_pieces - info.num_documents
         facts["padding"] = 1 - held / slots

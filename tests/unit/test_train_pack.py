@@ -441,6 +441,15 @@ class TestDataset:
         with pytest.raises(DataError, match="is not the file that the data set was made with"):
             PackedDataset(tmp_path / "out").row(0)
         data.unlink()
+        info = tmp_path / "out" / "dataset.json"
+        written = info.read_text()
+        info.write_text(written.replace('"kind": "text"', '"kind": "other"'))
+        with pytest.raises(DataError, match=r"dataset\.json: Invalid enum value 'other'"):
+            PackedDataset(tmp_path / "out")
+        info.write_text(written.replace('"format": 1', '"format": 2'))
+        with pytest.raises(DataError, match="format 2; this version reads 1; pack the data again"):
+            PackedDataset(tmp_path / "out")
+        info.write_text(written)
         with pytest.raises(DataError, match="is missing from the data set"):
             PackedDataset(tmp_path / "out")
         with pytest.raises(DataError, match="holds no packed data set"):

@@ -35,7 +35,7 @@ class PackedDataset:
         """DataError if the folder does not hold what its dataset.json says."""
         self.directory = directory
         self.info: DatasetInfo = read_info(directory)
-        self.kind = Kind(self.info.kind)
+        self.kind = self.info.kind
         self._schema = PREFERENCE_SCHEMA if self.kind is Kind.PREFERENCE else packed_schema(self.info.sequence_length)
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from rayllm.core.errors import DataError
+from rayllm.train.data.rows import Kind
 
 INFO_NAME = "dataset.json"
 FORMAT = 1
@@ -37,7 +38,7 @@ class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     format: int = FORMAT
-    kind: str
+    kind: Kind
     sequence_length: int
     tokenizer: str
     tokenizer_sha256: str

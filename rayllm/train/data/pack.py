@@ -84,7 +84,7 @@ def pack(
             writing.add(chunk.path, first_documents[chunk.path], table)
             on_rows(table.num_rows)
         info = DatasetInfo(
-            kind=settings.kind.value,
+            kind=settings.kind,
             sequence_length=settings.sequence_length,
             tokenizer=str(prepared.tokenizer_directory),
             tokenizer_sha256=tokenizer.fingerprint,
