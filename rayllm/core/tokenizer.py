@@ -5,14 +5,19 @@ to the Rust tokenizer underneath, which may be shared between threads. Nothing i
 a checkpoint is run: its template renders in jinja's sandbox.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rayllm.core.errors import CheckpointError, InvalidRequestError
 from rayllm.core.token_bytes import TokenBytes
+
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Tokenizer:
@@ -61,8 +66,8 @@ class Tokenizer:
         return 2 * max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
-        """InvalidRequestError names `field` for NUL and for lone surrogates, which no UTF-8 text holds."""
-        _check_text(text, field)
+        """Raises as `check_text`."""
+        check_text(text, field)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -82,22 +87,70 @@ class Tokenizer:
 
         InvalidRequestError if there is no template or it refuses the messages (their roles or their order).
         """
-        from jinja2 import TemplateError
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=False, field="messages")
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """The text that `chat` encodes. Raises as `chat`."""
+        self._check_messages(messages)
+        with _refusals():
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        return text
+
+    def generation_spans(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[int, int]] | None:
+        """Which characters of the conversation, rendered without a generation prompt, the template itself marks as
+        what the model writes (`{% generation %}`): [first, last), in order. None if it marks nothing in any
+        conversation. Raises as `chat`.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self._check_messages(messages)
+        template = self._tokenizer.get_chat_template()
+        if _GENERATION_BLOCK.search(template) is None:
+            return None
+        with _refusals():
+            _, spans = render_jinja_template(
+                [[dict(message) for message in messages]],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        return [(first, last) for first, last in spans[0]]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that turns a text into token ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    @property
+    def template_fingerprint(self) -> str | None:
+        """SHA-256 of the chat template; None without one."""
+        if not self.has_chat_template:
+            return None
+        return hashlib.sha256(self._tokenizer.get_chat_template().encode()).hexdigest()
+
+    def _check_messages(self, messages: Sequence[Mapping[str, str]]) -> None:
         if not self.has_chat_template:
             raise InvalidRequestError("messages", "this model has no chat template; use a completion instead")
         if not messages:
             raise InvalidRequestError("messages", "is empty")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InvalidRequestError("messages", f"the model's chat template refuses them: {error}") from error
-        return self.encode(text, add_special_tokens=False, field="messages")
 
 
-def _check_text(text: str, field: str) -> None:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a chat template raises becomes an InvalidRequestError."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InvalidRequestError("messages", f"the model's chat template refuses them: {error}") from error
+
+
+def check_text(text: str, field: str) -> None:
+    """InvalidRequestError names `field` for NUL and for lone surrogates, which no UTF-8 text holds."""
     if "\0" in text:
         raise InvalidRequestError(field, f"holds a NUL character at position {text.index(chr(0))}")
     try:

@@ -39,6 +39,9 @@ FROZEN = {
     "serve": f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --shard-recovery-timeout --json",
     "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
     "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
+    "data": "",
+    "data pack": "inputs --output -o --tokenizer --model --sequence-length -n --kind --drop-long --json",
+    "data show": "directory --rows --first --tokenizer",
     "eval": "",
     "eval report": "runs --output -o --json",
     "eval run": (

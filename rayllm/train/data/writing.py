@@ -1,0 +1,127 @@
+"""From the tables that workers make to the files of a packed data set, and the counts of what went in."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rayllm.core.errors import DataError
+from rayllm.train.data.documents import Document
+from rayllm.train.data.packing import PackedRow, Packer
+from rayllm.train.data.shards import PREFERENCE_SCHEMA, ShardWriter, packed_schema, packed_table
+
+
+class Writing(Protocol):
+    def add(self, path: str, first_document: int, table: pa.Table) -> None:
+        """Rows of one file, whose row 0 is document `first_document`; see `tokenize_chunk`."""
+
+    def finish(self) -> dict[str, Any]:
+        """The fields of `DatasetInfo` that are known only now."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Counts:
+    """See `DatasetInfo`."""
+
+    num_rows: int = 0
+    num_documents: int = 0
+    num_pieces: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    num_empty: int = 0
+    num_dropped: int = 0
+
+
+class PackedWriting:
+    """Texts and conversations."""
+
+    def __init__(self, directory: Path, packer: Packer, *, sequence_length: int) -> None:
+        self._packer = packer
+        self._schema = packed_schema(sequence_length)
+        self._writer = ShardWriter(directory, self._schema, row_tokens=sequence_length)
+        self._counts = _Counts()
+        self._waiting: list[PackedRow] = []
+
+    def add(self, path: str, first_document: int, table: pa.Table) -> None:
+        tokens, masks = _arrays(table["tokens"]), _arrays(table["mask"])
+        for index, ids, mask in zip(table["index"].to_pylist(), tokens, masks, strict=True):
+            if not len(ids):
+                self._counts.num_empty += 1
+                continue
+            self._counts.num_documents += 1
+            self._counts.num_tokens += len(ids)
+            self._counts.num_targets += int(mask.sum())
+            self._take(self._packer.add(first_document + index, Document(tokens=ids, mask=mask)))
+
+    def finish(self) -> dict[str, Any]:
+        self._take(self._packer.finish())
+        self._write()
+        return {**asdict(self._counts), "files": self._writer.close()}
+
+    def _take(self, rows: Iterable[PackedRow]) -> None:
+        for row in rows:
+            self._counts.num_rows += 1
+            self._counts.num_pieces += len(row.document_ids)
+            self._waiting.append(row)
+            if len(self._waiting) == self._writer.group_rows:
+                self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._writer.write(packed_table(self._waiting, self._schema))
+            self._waiting.clear()
+
+
+class PairWriting:
+    """Preference pairs, which are never cut."""
+
+    def __init__(self, directory: Path, *, sequence_length: int, drop_long: bool) -> None:
+        self._sequence_length = sequence_length
+        self._drop_long = drop_long
+        self._writer = ShardWriter(directory, PREFERENCE_SCHEMA, row_tokens=sequence_length)
+        self._counts = _Counts()
+        self._waiting: list[dict[str, Any]] = []
+
+    def add(self, path: str, first_document: int, table: pa.Table) -> None:
+        for pair in table.select(["index", "prompt", "chosen", "rejected"]).to_pylist():
+            index = pair.pop("index")
+            answers = (len(pair["chosen"]), len(pair["rejected"]))
+            longest = len(pair["prompt"]) + max(answers)
+            if longest > self._sequence_length:
+                if not self._drop_long:
+                    raise DataError(
+                        f"{path}, row {index} (from 0): prompt and answer have {longest} tokens, more than "
+                        f"{self._sequence_length}; raise --sequence-length, or leave such pairs out with --drop-long"
+                    )
+                self._counts.num_dropped += 1
+                continue
+            self._counts.num_rows += 1
+            self._counts.num_documents += 2
+            self._counts.num_pieces += 2
+            self._counts.num_tokens += 2 * len(pair["prompt"]) + sum(answers)
+            self._counts.num_targets += sum(answers)
+            self._waiting.append({"document_id": first_document + index, **pair})
+            if len(self._waiting) == self._writer.group_rows:
+                self._write()
+
+    def finish(self) -> dict[str, Any]:
+        self._write()
+        return {**asdict(self._counts), "files": self._writer.close()}
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._writer.write(pa.Table.from_pylist(self._waiting, schema=PREFERENCE_SCHEMA))
+            self._waiting.clear()
+
+
+def _arrays(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """One array for each row of a column of lists."""
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):  # of no chunk at all
+        return []
+    values, offsets = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
+    return [values[first:last] for first, last in pairwise(offsets)]

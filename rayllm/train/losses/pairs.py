@@ -1,0 +1,52 @@
+"""From the log-probabilities of tokens to those of the answers of preference pairs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayllm.train.batch import IGNORE, MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairLogps:
+    """Of P pairs: the log-probability of each answer, summed over its tokens, and how many those are."""
+
+    chosen_P: Tensor
+    rejected_P: Tensor
+    chosen_tokens_P: Tensor
+    rejected_tokens_P: Tensor
+
+
+def pair_logps(log_probs_T: Tensor, batch: MicroBatch) -> PairLogps:
+    """`log_probs_T`: of each target of `batch`, 0 where there is none. What pads the batch is left out."""
+    sums_N, tokens_N = _document_sums(log_probs_T, batch)
+    is_pair_P = tokens_N[0::2] > 0  # an answer has its end at least
+    return PairLogps(
+        chosen_P=sums_N[0::2][is_pair_P],
+        rejected_P=sums_N[1::2][is_pair_P],
+        chosen_tokens_P=tokens_N[0::2][is_pair_P],
+        rejected_tokens_P=tokens_N[1::2][is_pair_P],
+    )
+
+
+def reference_logps(values_N: Tensor, policy: PairLogps, batch: MicroBatch) -> PairLogps:
+    """The same of values that were stored for each document; see `rayllm.train.data.reference`."""
+    _, tokens_N = _document_sums(torch.zeros_like(batch.targets_T, dtype=values_N.dtype), batch)
+    is_pair_P = tokens_N[0::2] > 0
+    return PairLogps(
+        chosen_P=values_N[0::2][is_pair_P],
+        rejected_P=values_N[1::2][is_pair_P],
+        chosen_tokens_P=policy.chosen_tokens_P,
+        rejected_tokens_P=policy.rejected_tokens_P,
+    )
+
+
+def _document_sums(values_T: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """-> [N] sums over the documents' tokens, and how many targets each has."""
+    lengths = [length for row in batch.document_lengths for length in row]
+    lengths_N = torch.tensor(lengths, device=values_T.device)
+    document_T = torch.arange(len(lengths), device=values_T.device).repeat_interleave(lengths_N)
+    sums_N = values_T.new_zeros(len(lengths)).index_add(0, document_T, values_T)
+    tokens_N = torch.zeros_like(lengths_N).index_add(0, document_T, (batch.targets_T != IGNORE).long())
+    return sums_N, tokens_N
