@@ -17,8 +17,8 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """`start`: a checkpoint (directory, hub name, embedded model) whose weights training starts from; with `random` only
-    its config.json and tokenizer are taken, and the weights are drawn from `seed`.
+    """`start`: a checkpoint (directory, hub name, embedded model) whose weights training starts from; with `random`
+    only its config.json and tokenizer are taken, and the weights are drawn from `seed`.
 
     Weights, their optimizer state and the sum of gradients are float32 always. `compute_dtype` is that of the forward
     and backward pass; `save_dtype` that of the Hugging Face weights in a checkpoint. `recompute`: a block's activations
