@@ -10,10 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.train.batch import MicroBatch
-from rayllm.train.config import LayoutConfig, ModelConfig, OptimizerConfig
+from rayllm.train.checkpoint import Checkpointer
+from rayllm.train.config import CheckpointConfig, LayoutConfig, ModelConfig, OptimizerConfig
 from rayllm.train.initial import stored_weights
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import NextToken
+from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.step import StepReport, TrainStep
 from rayllm.train.trainee import build_trainee
 
@@ -54,3 +56,33 @@ def train(
 def whole(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+
+
+def train_with_checkpoint(
+    directory: Path,
+    run: Path,
+    layout: LayoutConfig,
+    optimizer: OptimizerConfig,
+    steps: list[list[MicroBatch]],
+    saved_after: int,
+    model: dict[str, Any],
+) -> Trained:
+    """Goes on from the last checkpoint, else from the start; `saved_after` that many steps a checkpoint is written
+    while training goes on."""
+    step = make_step(directory, layout, optimizer, **model)
+    checkpointer = Checkpointer(run, directory, step, step.mesh, CheckpointConfig(), "float32")
+    saved = SavedRun(run).latest()
+    first = 0
+    if saved is not None:
+        state = checkpointer.restore(saved)
+        assert state.cursor == {"sample": state.step}
+        first = state.step
+    reports = []
+    for number, batches in enumerate(steps[first:], first + 1):
+        share = len(batches) // layout.data
+        mine = step.mesh.data_rank * share
+        reports.append(step(batches[mine : mine + share], 1.0))
+        if number == saved_after:
+            checkpointer.save(TrainState(step=number, loss=reports[-1].loss, cursor={"sample": number}))
+    checkpointer.close()
+    return Trained(reports, {name: whole(one) for name, one in step.trainee.decoder.named_parameters()})

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from rayllm.core.errors import DataError, TrainingError
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.train.batch import MicroBatch
 from rayllm.train.config import LayoutConfig, OptimizerConfig
@@ -173,3 +174,66 @@ def test_packed_equals_padded_and_kept_equals_recomputed(ranks: Ranks, tmp_path:
     [alone] = run(ranks, tmp_path, LayoutConfig())
     check_same(run(ranks, tmp_path, LayoutConfig(), [flat(batches) for batches in STEPS]), alone)
     check_same(run(ranks, tmp_path, LayoutConfig(shard=2), recompute=True), alone)
+
+
+def test_bfloat16_computes_and_float32_learns(ranks: Ranks, tmp_path: Path) -> None:
+    """Losses are float32's up to bfloat16's 8 bits, and steps that bfloat16 weights could not take are taken."""
+    save_tiny(tmp_path, "llama-gqa", vocab_size=VOCAB)
+    [exact] = run(ranks, tmp_path, LayoutConfig())
+    [rounded] = run(ranks, tmp_path, LayoutConfig(), compute_dtype="bfloat16")
+    for one, other in zip(rounded.reports, exact.reports, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=2**-7)
+        assert one.loss != other.loss
+    small = OptimizerConfig(learning_rate=1e-6, weight_decay=0.0, eps=1e-4)
+    for layout in (LayoutConfig(), LayoutConfig(shard=2, pipeline=2)):
+        for rank in ranks.run(
+            layout.world, train_ranks.train, tmp_path, layout, small, STEPS, {"compute_dtype": "bfloat16"}
+        ):
+            assert rank.reports[0].loss == pytest.approx(rounded.reports[0].loss, rel=2**-7)
+            name = "layers.2.self_attn.q_proj.weight"
+            if (moved := rank.weights.get(name)) is not None:
+                start = Checkpoint.open(tmp_path).read(name, tuple(slice(0, size) for size in moved.shape))
+                moves = (moved - start).abs()
+                assert moved.dtype == torch.float32
+                assert 0 < moves.max() < 1e-5
+                assert (moved.bfloat16() == start.bfloat16()).float().mean() > 0.9
+
+
+def nothing_to_learn(directory: Path) -> str:
+    batch = STEPS[0][0]
+    empty = MicroBatch(
+        token_ids=batch.token_ids,
+        loss_mask=torch.zeros_like(batch.loss_mask),
+        document_lengths=batch.document_lengths,
+        sample_ids=(),
+    )
+    step = train_ranks.make_step(directory, LayoutConfig(), OPTIMIZER)
+    try:
+        step([empty], 1.0)
+    except DataError as error:
+        return str(error)
+    return "no refusal"
+
+
+def infinite_weight(directory: Path) -> tuple[str, bool]:
+    """-> what was said, whether another weight is still what it was."""
+    step = train_ranks.make_step(directory, LayoutConfig(), OPTIMIZER)
+    weights = dict(step.trainee.decoder.named_parameters())
+    before = weights["embed_tokens.weight"].detach().clone()
+    with torch.no_grad():
+        weights["layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    try:
+        step(STEPS[0], 1.0)
+    except TrainingError as error:
+        return str(error), torch.equal(before, weights["embed_tokens.weight"])
+    return "no refusal", False
+
+
+def test_what_a_step_refuses(ranks: Ranks, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama-gqa", vocab_size=VOCAB)
+    assert ranks.run(1, nothing_to_learn, tmp_path) == [
+        "nothing to learn from in a whole step: the loss mask of every sample is empty"
+    ]
+    [(said, same)] = ranks.run(1, infinite_weight, tmp_path)
+    assert "training has diverged" in said
+    assert same
