@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from rayllm.core.errors import CheckpointError, TrainingError
@@ -51,7 +54,7 @@ class Checkpointer:
         dist.barrier(self._group)
         exported = self._gather()
         staging = self._saved.staging(state.step)
-        written = dcp.async_save(self._tensors(), checkpoint_id=staging / TRAINING, process_group=self._group)
+        written = async_save(self._tensors(), checkpoint_id=staging / TRAINING, process_group=self._group)
         assert isinstance(written, Future)
         self._pending = self._thread.submit(self._finish, written, staging, exported, state)
 
@@ -65,14 +68,14 @@ class Checkpointer:
         """Raises CheckpointError where a file is damaged or not of this model, on every rank."""
         self._agree(self._problem_of(saved))
         tensors = self._tensors()
-        known = dcp.FileSystemReader(saved.directory / TRAINING).read_metadata().state_dict_metadata
+        known = FileSystemReader(saved.directory / TRAINING).read_metadata().state_dict_metadata
         for name, value in list(tensors.items()):
             if name.startswith("rng."):
                 if name not in known:  # there were fewer ranks
                     del tensors[name]
             elif name not in known or known[name].size != value.shape:  # type: ignore[union-attr]
                 raise CheckpointError(saved.directory, f"has no {name} of {list(value.shape)}: it is of another model")
-        dcp.load(tensors, checkpoint_id=saved.directory / TRAINING, process_group=self._group)
+        load(tensors, checkpoint_id=saved.directory / TRAINING, process_group=self._group)
         if (rng := tensors.get(_rng_name())) is not None:
             torch.set_rng_state(rng)
         state = saved.state
@@ -117,7 +120,7 @@ class Checkpointer:
                 spec = self._step.trainee.decoder.spec
                 write_part_files(staging, self._mesh.pp_rank, stored_tensors(spec, exported))
             written.result()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             problem = f"{type(error).__name__}: {error}"
         self._agree(problem)
         if dist.get_rank() == 0:

@@ -162,7 +162,8 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """`run`: the folder that takes checkpoints and metrics; on a cluster one that all nodes share. A run that is
-    started again goes on from its last checkpoint."""
+    started again goes on from its last checkpoint. `restarts`: how often it does so by itself where a worker is lost.
+    """
 
     run: str
     model: ModelConfig
@@ -172,8 +173,11 @@ class TrainConfig:
     schedule: ScheduleConfig
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restarts: int = 3
 
     def __post_init__(self) -> None:
+        if self.restarts < 0:
+            raise ConfigError(f"restarts: {self.restarts} is negative")
         rows = self.batch.tokens // self.batch.sequence_length
         if rows % (self.batch.rows * self.layout.data):
             raise ConfigError(
