@@ -52,12 +52,11 @@ def launch(
 
 def _fit(config: TrainConfig, recipe: str) -> None:
     import ray
-    import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    use_gpu = torch.cuda.is_available() if ray.cluster_resources().get("GPU", 0) == 0 else True
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.layout.world
     scratch = Path(config.run).resolve() / ".ray"
     trainer = TorchTrainer(
         _worker,

@@ -93,14 +93,14 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         started = time.monotonic()
         report = step(list(loader.step(cursor)), rate_share(done, config.schedule))
         done, cursor = done + 1, loader.after_step(cursor)
-        every = config.checkpoint.every_steps
-        if done == config.schedule.steps or (every and done % every == 0):
-            checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
         if writer is not None:
             writer.add(_progress(config, done, report, time.monotonic() - started, device))
+        every = config.checkpoint.every_steps
+        if done == config.schedule.steps or (every and done % every == 0):
+            if writer is not None:
+                writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
+            checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
     checkpointer.close()
-    if writer is not None:
-        writer.flush()
 
 
 def _spec(directory: Path) -> DecoderSpec:
