@@ -12,6 +12,7 @@ import pytest
 
 from rayllm.core.config import CacheConfig
 from rayllm.core.errors import ConfigError, DataError, TrainingError
+from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
 from rayllm.train.config_file import read_train_config
 from rayllm.train.data.pack import PackSettings, pack, prepare
@@ -92,8 +93,32 @@ def test_a_run_learns_and_is_served(session: Session, file: Path, tmp_path: Path
     assert answer.outputs[0].token_ids
 
 
+def test_tuning_learns_the_answers_and_no_more(session: Session, file: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """In stages whose weights are sharded, in bfloat16. The questions are noise, which nothing could learn."""
+    turns = [
+        [{"role": "user", "content": f"{n * 7919 % 1000}"}, {"role": "assistant", "content": "the cat"}]
+        for n in range(60)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    settings = PackSettings(kind=Kind.CHAT, sequence_length=LENGTH)
+    pack(
+        prepare([tmp_path / "chat.jsonl"], tmp_path / "chat", tiny_model, settings),
+        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
+    )
+    layout = ["layout.pipeline=2", "layout.shard=2", "model.compute_dtype=bfloat16", "model.save_dtype=bfloat16"]
+    launch(read_train_config(file, [f"data.path={tmp_path / 'chat'}", "model.random=false", *layout]), "sft")
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-1].loss < 0.2 < metrics[0].loss
+    saved = SavedRun(tmp_path / "run").latest()
+    assert saved is not None
+    with LLM(str(saved.directory), cache=CacheConfig(cpu_memory_bytes=64 << 20)) as llm:
+        answer = llm.chat([{"role": "user", "content": "17"}], SamplingParams(temperature=0, max_tokens=20))
+    assert answer.outputs[0].text == "the cat"
+    assert answer.outputs[0].finish_reason == "stop"
+
+
 def test_a_killed_worker_costs_at_most_an_interval(session: Session, file: Path, tmp_path: Path) -> None:
-    config = read_train_config(file, ["layout.shard=2", "schedule.steps=120", "checkpoint.every_steps=20"])
+    config = read_train_config(file, ["layout.shard=2", "schedule.steps=80", "checkpoint.every_steps=20"])
     killed = threading.Event()
     steps: list[int] = []
 
@@ -105,9 +130,9 @@ def test_a_killed_worker_costs_at_most_an_interval(session: Session, file: Path,
 
     launch(config, "pretrain", on_progress=kill_once)
     assert killed.is_set()
-    assert steps[-1] == 120
-    assert [row.step for row in read_metrics(tmp_path / "run")] == list(range(1, 121))
-    whole = read_train_config(file, ["layout.shard=2", "schedule.steps=120", f"run={tmp_path / 'whole'}"])
+    assert steps[-1] == 80
+    assert [row.step for row in read_metrics(tmp_path / "run")] == list(range(1, 81))
+    whole = read_train_config(file, ["layout.shard=2", "schedule.steps=80", f"run={tmp_path / 'whole'}"])
     launch(whole, "pretrain")
     losses, expected = ([row.loss for row in read_metrics(tmp_path / name)] for name in ("run", "whole"))
     assert losses == expected
