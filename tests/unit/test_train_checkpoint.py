@@ -123,14 +123,21 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 def test_a_killed_save_leaves_the_others_whole(tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from tests.unit.test_train_checkpoint import *\n"
+        "import os; from pathlib import Path\n"
+        "from rayllm.train.config import CheckpointConfig\n"
+        "from rayllm.train.saved import SavedRun, TrainState\n"
         f"run = SavedRun(Path({str(tmp_path)!r}))\n"
         "step = run.latest().state.step if run.latest() else 0\n"
         "while True:\n"
-        "    step += 1; fill(run, step, 1.0); run.prune(CheckpointConfig(keep_last=3)); print(step, flush=True)\n"
+        "    step += 1\n"
+        "    run.begin(step)\n"
+        "    (run.staging(step) / 'model.safetensors').write_bytes(os.urandom(1 << 20))\n"
+        "    run.publish(TrainState(step=step, loss=1.0, cursor={}))\n"
+        "    run.prune(CheckpointConfig(keep_last=3))\n"
+        "    print(step, flush=True)\n"
     )
     done = 0
-    for round_ in range(5):
+    for round_ in range(10):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         done = int(process.stdout.readline())
