@@ -90,3 +90,9 @@ class DataError(RayLLMError):
     """Data that is missing or has not the columns that are needed; the message says how to get it."""
 
     code = "invalid_data"
+
+
+class TrainingError(RayLLMError):
+    """Training that cannot go on, or cannot be taken up again; the message says why."""
+
+    code = "training_failed"

@@ -56,6 +56,9 @@ FROZEN = {
     "bench offline": f"model {ENGINE} {WORKLOAD} --repeats --against-transformers --json",
     "bench serve": f"{ENGINE} {WORKLOAD} --url --in-process --concurrency --json",
     "quantize": "model out --scheme --outliers --calibration --skip --json",
+    "train": "",
+    "train pretrain": "--config --set --address --json",
+    "train sft": "--config --set --address --json",
     "plan": (
         "model --params --dtype --quantize --kv-cache-dtype --gpu-memory --gpu-memory-fraction --context --max-gpus"
         " --json"

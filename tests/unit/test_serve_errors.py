@@ -26,6 +26,7 @@ INTERNAL = [
     errors.CheckpointError("/root/secret", "is damaged"),
     errors.ConfigError("/root/secret"),
     errors.DataError("/root/secret"),
+    errors.TrainingError("/root/secret"),
     OSError(2, "/root/secret"),
 ]
 

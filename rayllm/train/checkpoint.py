@@ -1,0 +1,173 @@
+"""Saves and restores training, on all ranks at once: each writes and reads its own part.
+
+A save stops training for as long as it takes to copy; the files are written by a thread. Layouts may differ between a
+save and what is restored from it: tensors are known by their names and whole shapes.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
+
+from rayllm.core.errors import CheckpointError, TrainingError
+from rayllm.models.checkpoint import DTYPES
+from rayllm.train.config import CheckpointConfig, DType
+from rayllm.train.export import join_part_files, stored_tensors, write_config, write_part_files
+from rayllm.train.gradients import EMBEDDING, HEAD
+from rayllm.train.mesh import TrainMesh
+from rayllm.train.optimizer import Weight
+from rayllm.train.saved import TRAINING, Saved, SavedRun, TrainState
+from rayllm.train.step import TrainStep
+
+
+class Checkpointer:
+    """All methods are called by every rank of the world, in the same order."""
+
+    def __init__(
+        self, run: Path, source: Path, step: TrainStep, mesh: TrainMesh, config: CheckpointConfig, dtype: DType
+    ) -> None:
+        """`source`: the directory that the model's configuration and tokenizer come from; `dtype` of the exported
+        weights."""
+        self._saved = SavedRun(run)
+        self._source, self._step, self._mesh, self._config, self._dtype = source, step, mesh, config, dtype
+        # The writing threads of all ranks talk while training does.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Returns when training may go on. Waits for the save before, and raises what went wrong with it."""
+        self.wait()
+        if dist.get_rank() == 0:
+            self._saved.begin(state.step)
+        dist.barrier(self._group)
+        exported = self._gather()
+        staging = self._saved.staging(state.step)
+        written = async_save(self._tensors(), checkpoint_id=staging / TRAINING, process_group=self._group)
+        assert isinstance(written, Future)
+        self._pending = self._thread.submit(self._finish, written, staging, exported, state)
+
+    def wait(self) -> None:
+        """Until the save that is under way, if there is one, is on the disk. Raises TrainingError if it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(self, saved: Saved) -> TrainState:
+        """Raises CheckpointError where a file is damaged or not of this model, on every rank."""
+        self._agree(self._problem_of(saved))
+        tensors = self._tensors()
+        known = FileSystemReader(saved.directory / TRAINING).read_metadata().state_dict_metadata
+        for name, value in list(tensors.items()):
+            if name.startswith("rng."):
+                if name not in known:  # there were fewer ranks
+                    del tensors[name]
+            elif name not in known or known[name].size != value.shape:  # type: ignore[union-attr]
+                raise CheckpointError(saved.directory, f"has no {name} of {list(value.shape)}: it is of another model")
+        load(tensors, checkpoint_id=saved.directory / TRAINING, process_group=self._group)
+        if (rng := tensors.get(_rng_name())) is not None:
+            torch.set_rng_state(rng)
+        state = saved.state
+        for name in self._step.optimizer.weights:
+            self._step.optimizer.moments(name)["step"].fill_(state.step)
+        return state
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def _tensors(self) -> dict[str, Any]:
+        """What is saved and restored in place, by names that do not depend on the layout. A tied embedding has one
+        name on the first and the last stage, and is written once."""
+        tensors: dict[str, Any] = {_rng_name(): torch.get_rng_state()}
+        tied = self._step.trainee.decoder.spec.tie_word_embeddings
+        for name, weight in self._step.optimizer.weights.items():
+            shared = EMBEDDING if tied and name == HEAD else name
+            moments = self._step.optimizer.moments(name)
+            tensors[f"weight.{shared}"] = _placed(weight.local.detach(), weight)
+            tensors[f"exp_avg.{shared}"] = _placed(moments["exp_avg"], weight)
+            tensors[f"exp_avg_sq.{shared}"] = _placed(moments["exp_avg_sq"], weight)
+        return tensors
+
+    def _gather(self) -> dict[str, Tensor]:
+        """On one rank of each stage its whole weights, in the dtype of the export; nothing on the others."""
+        leads = self._mesh.data_rank == 0 and self._mesh.tp_rank == 0
+        gathered: dict[str, Tensor] = {}
+        with _quiet():
+            for name, weight in self._step.optimizer.weights.items():
+                value = _placed(weight.local.detach(), weight)
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                if leads:
+                    gathered[name] = whole.to("cpu", DTYPES[self._dtype], copy=True)
+        return gathered
+
+    def _finish(self, written: Future[Any], staging: Path, exported: dict[str, Tensor], state: TrainState) -> None:
+        """In the thread."""
+        problem = None
+        try:
+            if exported:
+                spec = self._step.trainee.decoder.spec
+                write_part_files(staging, self._mesh.pp_rank, stored_tensors(spec, exported))
+            written.result()
+        except (OSError, RuntimeError, CheckpointException) as error:
+            problem = f"{type(error).__name__}: {error}"
+        self._agree(problem)
+        if dist.get_rank() == 0:
+            join_part_files(staging)
+            write_config(self._source, staging, self._dtype)
+            self._saved.publish(state)
+            self._saved.prune(self._config)
+
+    def _agree(self, problem: str | None) -> None:
+        """Raises on every rank what is wrong on any."""
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self._group)
+        for rank, one in enumerate(problems):
+            if one is not None:
+                raise TrainingError(f"checkpoint: rank {rank}: {one}")
+
+    def _problem_of(self, saved: Saved) -> str | None:
+        """One rank reads the files for all."""
+        if dist.get_rank() == 0:
+            try:
+                saved.verify()
+            except CheckpointError as error:
+                return str(error)
+        return None
+
+
+def _placed(local: Tensor, weight: Weight) -> Tensor:
+    """`local`, a part of something of the weight's shape and placement, as that; one memory."""
+    whole = weight.parameter
+    if not isinstance(whole, DTensor):
+        return local
+    return DTensor.from_local(
+        local, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _rng_name() -> str:
+    return f"rng.{dist.get_rank()}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Gathering a weight that is split twice takes two collectives, which torch finds worth a warning for each."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

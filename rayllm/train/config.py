@@ -1,0 +1,212 @@
+"""What a user decides before training starts: frozen dataclasses by composition, checked at construction.
+
+What depends on the model (which layouts divide it) is `check_layout`'s, and needs its spec but no weights. Knows no
+file (`rayllm.train.config_file` reads TOML) and no torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rayllm.core.errors import ConfigError
+from rayllm.models.spec import DecoderSpec
+from rayllm.parallel import plan
+
+ScheduleKind = Literal["constant", "cosine", "wsd"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """`start`: a checkpoint (directory, hub name, embedded model) whose weights training starts from; with `random`
+    only its config.json and tokenizer are taken, and the weights are drawn from `seed`.
+
+    Weights, their optimizer state and the sum of gradients are float32 always. `compute_dtype` is that of the forward
+    and backward pass; `save_dtype` that of the Hugging Face weights in a checkpoint. `recompute`: a block's activations
+    are computed again in the backward pass instead of being kept.
+    """
+
+    start: str
+    random: bool = False
+    seed: int = 0
+    compute_dtype: DType = "float32"
+    save_dtype: DType = "float32"
+    recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """`path`: a file or folder that the recipe reads. `seed` says in which order; each epoch has one of its own."""
+
+    path: str
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """`tokens` of one optimizer step over all ranks, padding included, in rows of `sequence_length`; a rank takes
+    `rows` of them at a time. How often it does (gradient accumulation) follows from the layout."""
+
+    sequence_length: int
+    tokens: int
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch", "sequence_length", "tokens", "rows")
+        if self.sequence_length < 2:
+            raise ConfigError("batch.sequence_length: 1 token has no token before it to predict it")
+        if self.tokens % self.sequence_length:
+            raise ConfigError(
+                f"batch.tokens: {self.tokens} is not a multiple of batch.sequence_length {self.sequence_length}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019). Matrices decay; norms, biases and embeddings (a tied head is one) do not.
+
+    `max_grad_norm`: gradients are scaled down to this norm over the whole model; 0: never.
+    """
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "optimizer", "learning_rate", "eps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is not in [0, 1)")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """The learning rate over `steps` optimizer steps: up from 0 in `warmup_steps`, then as `kind` says.
+
+    cosine: half a cosine down to `final` of the peak. wsd ("warmup, stable, decay"): constant, and in the last
+    `decay_steps` down to `final` of the peak by 1 - sqrt (Hägele et al. 2024). constant: no decay.
+    """
+
+    steps: int
+    kind: ScheduleKind = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "schedule", "steps")
+        if not 0 <= self.final <= 1:
+            raise ConfigError(f"schedule.final: {self.final} is not in [0, 1]")
+        if self.warmup_steps < 0 or self.decay_steps < 0:
+            raise ConfigError("schedule: warmup_steps and decay_steps must not be negative")
+        if self.kind == "wsd" and self.decay_steps == 0:
+            raise ConfigError("schedule.decay_steps: wsd needs to know in how many steps it decays")
+        if self.kind != "wsd" and self.decay_steps:
+            raise ConfigError(f"schedule.decay_steps: {self.kind} has none; only wsd has")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ConfigError(
+                f"schedule: {self.warmup_steps} warmup and {self.decay_steps} decay steps"
+                f" are more than the {self.steps} steps there are"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutConfig:
+    """How many ranks share the work, and how; their product is the number of workers.
+
+    The data is split over `replicate` x `shard`. `replicate` groups hold the whole model each, and inside a group
+    `shard` ranks hold a part of every weight: (n, 1) is DDP, (1, n) FSDP, and both above 1 HSDP. `tensor` ranks hold a
+    slice of every matrix, `pipeline` stages some of the layers, by the plan that serving uses.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "layout", "replicate", "shard", "tensor", "pipeline")
+
+    @property
+    def data(self) -> int:
+        """Ranks that see data of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def world(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """One at the end, and one after each `every_steps` steps; 0: none but the last.
+
+    The newest `keep_last` are kept, and beside them the `keep_best` with the lowest loss.
+    """
+
+    every_steps: int = 0
+    keep_last: int = 2
+    keep_best: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "checkpoint", "keep_last")
+        if self.every_steps < 0 or self.keep_best < 0:
+            raise ConfigError("checkpoint: every_steps and keep_best must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """`run`: the folder that takes checkpoints and metrics; on a cluster one that all nodes share. A run that is
+    started again goes on from its last checkpoint. `restarts`: how often it does so by itself where a worker is lost.
+    """
+
+    run: str
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        if self.restarts < 0:
+            raise ConfigError(f"restarts: {self.restarts} is negative")
+        rows = self.batch.tokens // self.batch.sequence_length
+        if rows % (self.batch.rows * self.layout.data):
+            raise ConfigError(
+                f"batch.tokens: {rows} rows of {self.batch.sequence_length} tokens do not divide into"
+                f" batch.rows {self.batch.rows} x {self.layout.data} ranks with data of their own"
+            )
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches of a rank in one optimizer step."""
+        return self.batch.tokens // (self.batch.sequence_length * self.batch.rows * self.layout.data)
+
+
+def check_layout(spec: DecoderSpec, layout: LayoutConfig) -> None:
+    """Raises ConfigError where the model cannot be trained so.
+
+    Training splits less than serving does: a key/value head that several ranks held, or a vocabulary padded to divide,
+    would have copies and rows that the optimizer must not see.
+    """
+    plan.check_layout(spec, layout.tensor, layout.pipeline)
+    if spec.num_kv_heads % layout.tensor:
+        raise ConfigError(
+            f"layout.tensor: {layout.tensor} does not divide the model's {spec.num_kv_heads} key/value heads"
+        )
+    if spec.vocab_size % layout.tensor:
+        raise ConfigError(f"layout.tensor: {layout.tensor} does not divide the vocabulary of {spec.vocab_size} tokens")
+
+
+def _positive(config: object, table: str, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{table}.{name}: {getattr(config, name)} is not positive")

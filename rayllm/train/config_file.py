@@ -1,0 +1,83 @@
+"""A `TrainConfig` from a TOML file, whose tables are its parts, and from settings given as `a.b=c`.
+
+run = "runs/tiny"
+
+[model]
+start = "smollm2-135m"
+
+[batch]
+sequence_length = 512
+tokens = 32768
+
+A value on the command line is TOML too; what is no TOML (a bare word, a path) is a string.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from rayllm.core.errors import ConfigError
+from rayllm.train.config import TrainConfig
+
+
+def read_train_config(path: Path, settings: Iterable[str] = ()) -> TrainConfig:
+    """`settings` win over the file. Raises ConfigError that names the file or setting, the key, and what is wrong."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    _check_names(values, TrainConfig, str(path))
+    for setting in settings:
+        _merge(values, _parse(setting))
+    return _convert(values)
+
+
+def _parse(setting: str) -> dict[str, Any]:
+    """a.b=c -> {"a": {"b": c}}"""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {setting}: must be NAME=VALUE, such as optimizer.learning_rate=3e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for name in reversed(key.strip().split(".")):
+        value = {name: value}
+    _check_names(value, TrainConfig, "--set")
+    return dict(value)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def _check_names(values: Mapping[str, Any], config: type, origin: str, prefix: str = "") -> None:
+    types = get_type_hints(config)
+    for name, value in values.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{origin}: {prefix}{name}: there is no such setting; the nearest is {prefix}{near}")
+        if dataclasses.is_dataclass(types[name]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{origin}: {prefix}{name}: must be a table, [{prefix}{name}]")
+            _check_names(value, types[name], origin, f"{prefix}{name}.")
+
+
+def _convert(values: Mapping[str, Any]) -> TrainConfig:
+    try:
+        return msgspec.convert(values, TrainConfig)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at `$.")
+        table = place.rstrip("`")
+        raise ConfigError(f"{table}: {problem}" if table else problem) from None

@@ -1,0 +1,54 @@
+"""The weights that training starts from, one whole parameter at a time: read from a checkpoint, or drawn.
+
+Which rank asks, and how the model is split, makes no difference to what it gets.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rayllm.core.errors import ConfigError
+from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.spec import DecoderSpec
+
+# A parameter of `Decoder.named_parameters()` and its whole shape -> its value, float32, the caller's to keep.
+InitialWeights = Callable[[str, tuple[int, ...]], Tensor]
+
+_STD = 0.02
+
+
+def stored_weights(checkpoint: Checkpoint) -> InitialWeights:
+    """Raises ConfigError for int8 weights, which have no gradient."""
+    if checkpoint.int8:
+        raise ConfigError(f"{checkpoint.directory}: has int8 weights, which cannot be trained; start from what it was")
+
+    def read(parameter: str, shape: tuple[int, ...]) -> Tensor:
+        whole = checkpoint.read(parameter, tuple(slice(0, size) for size in shape))
+        return whole.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    return read
+
+
+def random_weights(spec: DecoderSpec, seed: int) -> InitialWeights:
+    """GPT-2's (Radford et al. 2019): normal with deviation 0.02, and what is added to the residual stream scaled by
+    1 / sqrt(2 * layers), since that many of them are; biases 0, norms 1. Each parameter from (seed, name) alone."""
+
+    def draw(parameter: str, shape: tuple[int, ...]) -> Tensor:
+        if spec.tie_word_embeddings and parameter == "lm_head.weight":
+            parameter = "embed_tokens.weight"  # the copy of the last pipeline stage
+        module, _, kind = parameter.rpartition(".")
+        if kind == "bias":
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
+        deviation = _STD
+        if module.endswith(("o_proj", "down_proj")):
+            deviation /= math.sqrt(2 * spec.num_layers)
+        digest = hashlib.sha256(f"{seed} {parameter}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        return torch.empty(shape).normal_(0, deviation, generator=generator)
+
+    return draw

@@ -1,0 +1,122 @@
+"""A run on Ray Train: workers, a process group among them, and new ones where one is lost.
+
+The only file of training that knows Ray. Workers keep nothing that is not in the run's folder: when one dies, Ray Train
+ends the others and starts all of them again, and they go on from the last checkpoint.
+"""
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rayllm.core.errors import RayLLMError, TrainingError
+from rayllm.train.config import TrainConfig
+from rayllm.train.progress import Progress, read_progress
+from rayllm.train.recipes import RECIPES
+from rayllm.train.trainer import check, train
+from rayllm_cluster.errors import SessionError
+from rayllm_cluster.session import Session
+
+logger = logging.getLogger(__name__)
+
+_COLLECTIVE_TIMEOUT_S = 300  # a rank that says nothing for so long is taken for lost
+_POLL_S = 0.2
+
+
+def launch(
+    config: TrainConfig,
+    recipe: str,
+    *,
+    address: str | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Returns when the run is over. `address`: of a cluster; None: this machine, or the cluster at RAY_ADDRESS.
+
+    Raises what `check` does, before any worker starts; TrainingError if the run fails more often than it may.
+    """
+    check(config, RECIPES[recipe])
+    try:
+        session = Session.start(address=address, num_cpus=config.layout.world + 1)
+    except SessionError as error:
+        raise TrainingError(str(error)) from error
+    with session, _watched(Path(config.run), on_progress):
+        _fit(config, recipe)
+
+
+def _fit(config: TrainConfig, recipe: str) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.layout.world
+    scratch = Path(config.run).resolve() / ".ray"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": msgspec.to_builtins(config), "recipe": recipe},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(num_workers=config.layout.world, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=f"launch-{time.time_ns()}",  # Ray's own record of an earlier one is nothing to go on from
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=config.restarts),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainingError(f"the run failed: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """On each worker, with a process group."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    config = msgspec.convert(arguments["config"], TrainConfig)
+    local = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    train(config, RECIPES[arguments["recipe"]], ray.train.torch.get_device())
+
+
+def _reason(error: Exception) -> str:
+    """What the workers say, in one line: an error of ours before one that only followed from it."""
+    failures = [cause for _, cause in sorted(getattr(error, "worker_failures", {}).items())]
+    causes = [getattr(failure, "cause", None) or failure for failure in failures]
+    causes.sort(key=lambda cause: not isinstance(cause, RayLLMError))
+    lines = str(causes[0] if causes else error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _watched(run: Path, on_progress: Callable[[Progress], None]) -> Iterator[None]:
+    """Tells of each new step, from a thread, while the block runs."""
+    over = threading.Event()
+    before = read_progress(run)
+
+    def watch(last: Progress | None) -> None:
+        while True:
+            ends = over.wait(_POLL_S)
+            if (newest := read_progress(run)) is not None and newest != last:
+                on_progress(newest)
+                last = newest
+            if ends:
+                return
+
+    thread = threading.Thread(target=watch, args=(before,), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,82 @@
+"""What a run tells of itself while it goes on: the newest step in a small file, all steps in metrics.parquet.
+
+Both are replaced whole, never written into, so that a reader sees one state or the next. Knows no tensors and no ranks:
+one process writes.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_PROGRESS, METRICS = "progress.json", "metrics.parquet"
+_FLUSH_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """After `step` of `steps`. `tokens`: those that the step's loss was taken over, on all ranks; tokens_per_second:
+    all tokens of the step, padding too, by the wall clock; `memory_bytes`: the most that rank 0 has held, on the GPU
+    where there is one; `pid`: rank 0's process."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    memory_bytes: int
+    pid: int
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.steps - self.step) * self.seconds
+
+
+class ProgressWriter:
+    """A run that goes on from step n forgets what an earlier attempt said of later ones."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        self._run = run
+        run.mkdir(parents=True, exist_ok=True)
+        self._rows = [row for row in read_metrics(run) if row.step <= first_step]
+        self._flushed = time.monotonic()
+
+    def add(self, progress: Progress) -> None:
+        self._rows.append(progress)
+        _replace(self._run / _PROGRESS, msgspec.json.encode(progress))
+        if time.monotonic() - self._flushed > _FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Metrics to the disk; also done now and then by `add`."""
+        if self._rows:
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist([asdict(row) for row in self._rows]), sink)
+            _replace(self._run / METRICS, sink.getvalue().to_pybytes())
+        self._flushed = time.monotonic()
+
+
+def read_metrics(run: Path) -> list[Progress]:
+    """All steps that are on the disk."""
+    path = run / METRICS
+    return [Progress(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+
+
+def read_progress(run: Path) -> Progress | None:
+    """The newest step, None before the first."""
+    try:
+        return msgspec.json.decode((run / _PROGRESS).read_bytes(), type=Progress)
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_bytes(content)
+    staging.replace(path)

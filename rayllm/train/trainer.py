@@ -1,0 +1,138 @@
+"""A run from its configuration to its last checkpoint, as each rank goes through it. Knows no Ray."""
+
+import json
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rayllm.core.errors import ConfigError, DataError
+from rayllm.core.tokenizer import Tokenizer
+from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.families import spec_from_config
+from rayllm.models.hub import resolve_model
+from rayllm.models.spec import DecoderSpec
+from rayllm.train.checkpoint import Checkpointer
+from rayllm.train.config import TrainConfig, check_layout
+from rayllm.train.data.cursor import Cursor
+from rayllm.train.data.dataset import PackedDataset
+from rayllm.train.data.loader import Loader
+from rayllm.train.data.rows import Kind
+from rayllm.train.initial import InitialWeights, random_weights, stored_weights
+from rayllm.train.mesh import TrainMesh
+from rayllm.train.objective import Objective
+from rayllm.train.progress import Progress, ProgressWriter
+from rayllm.train.saved import SavedRun, TrainState
+from rayllm.train.schedule import rate_share
+from rayllm.train.step import StepReport, TrainStep
+from rayllm.train.trainee import build_trainee
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What distinguishes one command from another: the data it reads, and what is minimised."""
+
+    name: str
+    kind: Kind
+    objective: Objective
+
+
+def check(config: TrainConfig, recipe: Recipe) -> None:
+    """Whatever can be refused without reading weights and without workers. Raises ConfigError, CheckpointError or
+    DataError."""
+    directory = resolve_model(config.model.start)
+    spec = _spec(directory)
+    check_layout(spec, config.layout)
+    length = config.batch.sequence_length
+    if length > spec.max_position_embeddings:
+        raise ConfigError(
+            f"batch.sequence_length: {length} is more than the model's {spec.max_position_embeddings} positions"
+        )
+    dataset = PackedDataset(Path(config.data.path))
+    if dataset.kind is not recipe.kind:
+        raise DataError(f"{config.data.path}: holds {dataset.kind.value} rows; {recipe.name} reads {recipe.kind.value}")
+    if dataset.info.sequence_length != length:
+        raise ConfigError(
+            f"batch.sequence_length: {length}, but {config.data.path} was packed in rows of"
+            f" {dataset.info.sequence_length} tokens"
+        )
+    if not len(dataset):
+        raise DataError(f"{config.data.path}: holds no rows")
+    dataset.check_tokenizer(Tokenizer.load(directory))
+
+
+def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
+    """On every rank of a world of `config.layout.world`, after `init_process_group`. Goes on from the run's last
+    checkpoint, and ends with one of the last step."""
+    run = Path(config.run)
+    directory = resolve_model(config.model.start)
+    mesh = TrainMesh(config.layout, device)
+    spec, weights = _start(config, directory)
+    trainee = build_trainee(spec, weights, recipe.objective, mesh, config.model)
+    step = TrainStep(trainee, recipe.objective, mesh, config.optimizer)
+    checkpointer = Checkpointer(run, directory, step, mesh, config.checkpoint, config.model.save_dtype)
+    dataset = PackedDataset(Path(config.data.path))
+    loader = Loader(
+        dataset=dataset,
+        samples_per_step=config.batch.tokens // config.batch.sequence_length,
+        micro_batch_size=config.batch.rows,
+        rank=mesh.data_rank,
+        num_ranks=config.layout.data,
+    )
+    done, cursor = 0, Cursor(seed=config.data.seed)
+    saved = SavedRun(run).latest()
+    if saved is not None:
+        state = checkpointer.restore(saved)
+        done, cursor = state.step, Cursor.from_state(dict(state.cursor), len(dataset))
+    writer = ProgressWriter(run, done) if dist.get_rank() == 0 else None
+    while done < config.schedule.steps:
+        started = time.monotonic()
+        report = step(list(loader.step(cursor)), rate_share(done, config.schedule))
+        done, cursor = done + 1, loader.after_step(cursor)
+        if writer is not None:
+            writer.add(_progress(config, done, report, time.monotonic() - started, device))
+        every = config.checkpoint.every_steps
+        if done == config.schedule.steps or (every and done % every == 0):
+            if writer is not None:
+                writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
+            checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
+    checkpointer.close()
+
+
+def _spec(directory: Path) -> DecoderSpec:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{directory / 'config.json'}: is not valid JSON: {error}") from None
+    return spec_from_config(config)
+
+
+def _start(config: TrainConfig, directory: Path) -> tuple[DecoderSpec, InitialWeights]:
+    if config.model.random:
+        spec = _spec(directory)
+        return spec, random_weights(spec, config.model.seed)
+    checkpoint = Checkpoint.open(directory)
+    return checkpoint.spec, stored_weights(checkpoint)
+
+
+def _progress(config: TrainConfig, step: int, report: StepReport, seconds: float, device: torch.device) -> Progress:
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Progress(
+        step=step,
+        steps=config.schedule.steps,
+        loss=report.loss,
+        grad_norm=report.grad_norm,
+        learning_rate=report.learning_rate,
+        tokens=report.count,
+        tokens_per_second=config.batch.tokens / seconds,
+        seconds=seconds,
+        memory_bytes=memory,
+        pid=os.getpid(),
+    )

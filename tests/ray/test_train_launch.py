@@ -1,0 +1,155 @@
+"""A run on Ray Train: it learns, what it saves is served, and a worker that is killed costs at most an interval."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from rayllm.core.config import CacheConfig
+from rayllm.core.errors import ConfigError, DataError, TrainingError
+from rayllm.core.types import SamplingParams
+from rayllm.engine.llm import LLM
+from rayllm.train.config_file import read_train_config
+from rayllm.train.data.pack import PackSettings, pack, prepare
+from rayllm.train.data.rows import Kind
+from rayllm.train.data.tokenize import tokenize_chunk
+from rayllm.train.launch import launch
+from rayllm.train.progress import Progress, read_metrics
+from rayllm.train.saved import SavedRun
+from rayllm_cluster.session import Session
+
+pytestmark = pytest.mark.ray
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"text": f"the cat {n % 7} sat on the mat and the dog {n % 3} sat. " * 4} for n in range(200)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = PackSettings(kind=Kind.TEXT, sequence_length=LENGTH)
+    pack(
+        prepare([folder / "a.jsonl"], folder / "packed", tiny_model, settings),
+        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
+    )
+    return folder / "packed"
+
+
+@pytest.fixture
+def file(tmp_path: Path, tiny_model: Path, data: Path) -> Path:
+    path = tmp_path / "train.toml"
+    path.write_text(
+        f"""
+run = "{tmp_path / "run"}"
+[model]
+start = "{tiny_model}"
+random = true
+[data]
+path = "{data}"
+[batch]
+sequence_length = {LENGTH}
+tokens = {4 * LENGTH}
+[optimizer]
+learning_rate = 1e-2
+[schedule]
+steps = 20
+warmup_steps = 2
+[checkpoint]
+every_steps = 5
+"""
+    )
+    return path
+
+
+def test_what_is_wrong_is_said_before_workers_start(file: Path, tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="does not divide the model's"):
+        launch(read_train_config(file, ["layout.tensor=7", "run=x"]), "pretrain")
+    with pytest.raises(ConfigError, match=r"batch.sequence_length: 16, but .* packed in rows of 32 tokens"):
+        launch(read_train_config(file, ["batch.sequence_length=16"]), "pretrain")
+    with pytest.raises(DataError, match="holds text rows; sft reads chat"):
+        launch(read_train_config(file), "sft")
+    with pytest.raises(DataError):
+        launch(read_train_config(file, [f"data.path={tmp_path}"]), "pretrain")
+
+
+def test_a_run_learns_and_is_served(session: Session, file: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    launch(read_train_config(file, ["layout.replicate=2"]), "pretrain", on_progress=told.append)
+    metrics = read_metrics(tmp_path / "run")
+    assert [row.step for row in metrics] == list(range(1, 21))
+    assert metrics[-1].loss < 0.6 * metrics[0].loss
+    assert told[-1] == metrics[-1]
+    saved = SavedRun(tmp_path / "run").all()
+    assert [one.state.step for one in saved] == [15, 20]
+    saved[-1].verify()
+    with LLM(str(saved[-1].directory), cache=CacheConfig(cpu_memory_bytes=64 << 20)) as llm:
+        [answer] = llm.generate(["the cat"])
+    assert answer.outputs[0].token_ids
+
+
+def test_tuning_learns_the_answers_and_no_more(session: Session, file: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """In stages whose weights are sharded, in bfloat16. The questions are noise, which nothing could learn."""
+    turns = [
+        [{"role": "user", "content": f"{n * 7919 % 1000}"}, {"role": "assistant", "content": "the cat"}]
+        for n in range(60)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    settings = PackSettings(kind=Kind.CHAT, sequence_length=LENGTH)
+    pack(
+        prepare([tmp_path / "chat.jsonl"], tmp_path / "chat", tiny_model, settings),
+        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
+    )
+    layout = ["layout.pipeline=2", "layout.shard=2", "model.compute_dtype=bfloat16", "model.save_dtype=bfloat16"]
+    launch(read_train_config(file, [f"data.path={tmp_path / 'chat'}", "model.random=false", *layout]), "sft")
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-1].loss < 0.2 < metrics[0].loss
+    saved = SavedRun(tmp_path / "run").latest()
+    assert saved is not None
+    with LLM(str(saved.directory), cache=CacheConfig(cpu_memory_bytes=64 << 20)) as llm:
+        answer = llm.chat([{"role": "user", "content": "17"}], SamplingParams(temperature=0, max_tokens=20))
+    assert answer.outputs[0].text == "the cat"
+    assert answer.outputs[0].finish_reason == "stop"
+
+
+def test_a_killed_worker_costs_at_most_an_interval(session: Session, file: Path, tmp_path: Path) -> None:
+    config = read_train_config(file, ["layout.shard=2", "schedule.steps=80", "checkpoint.every_steps=20"])
+    killed = threading.Event()
+    steps: list[int] = []
+
+    def kill_once(progress: Progress) -> None:
+        steps.append(progress.step)
+        if progress.step >= 30 and not killed.is_set():
+            killed.set()
+            os.kill(progress.pid, signal.SIGKILL)
+
+    launch(config, "pretrain", on_progress=kill_once)
+    assert killed.is_set()
+    assert steps[-1] == 80
+    assert [row.step for row in read_metrics(tmp_path / "run")] == list(range(1, 81))
+    whole = read_train_config(file, ["layout.shard=2", "schedule.steps=80", f"run={tmp_path / 'whole'}"])
+    launch(whole, "pretrain")
+    losses, expected = ([row.loss for row in read_metrics(tmp_path / name)] for name in ("run", "whole"))
+    assert losses == expected
+
+
+def test_a_run_that_fails_says_why(session: Session, file: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the run failed: .*training has diverged"):
+        launch(read_train_config(file, ["optimizer.learning_rate=1e30", "restarts=0"]), "pretrain")
+
+
+def test_command_line(file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", str(file), "--json"]
+    result = subprocess.run(
+        [*command, "--set", "schedule.steps=3"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["checkpoint"].endswith("step-00000003")
+    assert answer["step"] == 3
+    assert "step 3/3  loss" in result.stderr
