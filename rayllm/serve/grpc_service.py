@@ -55,6 +55,8 @@ class InferenceServicer:
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
         async def work() -> pb.GenerateResponse:
             call = grpc_messages.generate_call(grpc_messages.parse(pb.GenerateRequest, request))
+            if call.resume is not None:
+                raise InvalidRequestError("resume", "is for GenerateStream")
             generation = await self._service.prepare(call)
             builder = grpc_messages.ResponseBuilder(generation, self._service.weight_version)
             async with aclosing(self._service.run(generation)) as deltas:
@@ -157,7 +159,7 @@ class InferenceServicer:
     async def _chunks(self, request: bytes) -> AsyncGenerator[pb.GenerateChunk, None]:
         call = grpc_messages.generate_call(grpc_messages.parse(pb.GenerateRequest, request))
         generation = await self._service.prepare(call)
-        unfinished = call.params.n
+        unfinished = len(generation.requests[0].started)
         async with aclosing(self._service.run(generation)) as deltas:
             async for _, delta in deltas:
                 chunk = grpc_messages.chunk(generation, delta, self._service.weight_version)
