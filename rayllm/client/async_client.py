@@ -102,9 +102,8 @@ class AsyncClient:
         return str((await _call(self._stub.Detokenize, request, self._timeout_s, retry_for_s=self._retry_for_s)).text)
 
     async def model_info(self) -> ModelInfo:
-        return codec.model_info(
-            await _call(self._stub.ModelInfo, pb.ModelInfoRequest(), self._timeout_s, retry_for_s=self._retry_for_s)
-        )
+        """See `Client.model_info`."""
+        return await self._model_info(retry_for_s=0.0)
 
     async def load(self) -> Load:
         return codec.load(await _call(self._stub.Load, pb.LoadRequest(), self._timeout_s))
@@ -115,9 +114,13 @@ class AsyncClient:
         if response.status != health_pb2.HealthCheckResponse.SERVING:
             raise EngineUnavailableError("the server is up but does not serve now")
 
+    async def _model_info(self, *, retry_for_s: float) -> ModelInfo:
+        request = pb.ModelInfoRequest()
+        return codec.model_info(await _call(self._stub.ModelInfo, request, self._timeout_s, retry_for_s=retry_for_s))
+
     async def _model(self) -> str:
         if self._served_model is None:
-            self._served_model = (await self.model_info()).model
+            self._served_model = (await self._model_info(retry_for_s=self._retry_for_s)).model
         return self._served_model
 
     async def close(self) -> None:

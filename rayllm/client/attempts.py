@@ -44,7 +44,7 @@ class Attempts:
         return self._pause(error)
 
     def _pause(self, error: RayLLMError, at_least_s: float = 0.0) -> float:
-        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures)
+        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**self._failures)
         self._failures += 1
         pause_s = max(at_least_s, longest * random.uniform(0.5, 1.0))
         then = time.monotonic() + pause_s

@@ -112,9 +112,8 @@ class Client:
         return response.text
 
     def model_info(self) -> ModelInfo:
-        return codec.model_info(
-            _call(self._stub.ModelInfo, pb.ModelInfoRequest(), self._timeout_s, retry_for_s=self._retry_for_s)
-        )
+        """Asked once, as are `load`, `abort` and `check_health`: they are about a server that is there."""
+        return self._model_info(retry_for_s=0.0)
 
     def load(self) -> Load:
         return codec.load(_call(self._stub.Load, pb.LoadRequest(), self._timeout_s))
@@ -125,9 +124,13 @@ class Client:
         if response.status != health_pb2.HealthCheckResponse.SERVING:
             raise EngineUnavailableError("the server is up but does not serve now")
 
+    def _model_info(self, *, retry_for_s: float) -> ModelInfo:
+        request = pb.ModelInfoRequest()
+        return codec.model_info(_call(self._stub.ModelInfo, request, self._timeout_s, retry_for_s=retry_for_s))
+
     def _model(self) -> str:
         if self._served_model is None:
-            self._served_model = self.model_info().model
+            self._served_model = self._model_info(retry_for_s=self._retry_for_s).model
         return self._served_model
 
     def close(self) -> None:

@@ -52,6 +52,11 @@ class InferenceServicer:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
+    @property
+    def is_draining(self) -> bool:
+        """The server answers what it has, and nothing else is to be sent to it."""
+        return False
+
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
         async def work() -> pb.GenerateResponse:
             call = grpc_messages.generate_call(grpc_messages.parse(pb.GenerateRequest, request))
@@ -141,7 +146,7 @@ class InferenceServicer:
 
     async def Watch(self, request: bytes, grpc_context: GrpcContext) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Sends the status now and whenever it changes. A service that is not here gets SERVICE_UNKNOWN, for the
-        protocol wants such a watch to go on."""
+        protocol wants such a watch to go on. It ends when the server drains, or else the server could not."""
         try:
             service = grpc_messages.parse(health_pb2.HealthCheckRequest, request).service
         except InvalidRequestError as error:
@@ -154,6 +159,8 @@ class InferenceServicer:
             if status != last:
                 yield health_pb2.HealthCheckResponse(status=status)
                 last = status
+            if self.is_draining:
+                return
             await asyncio.sleep(_HEALTH_PERIOD_S)
 
     async def _chunks(self, request: bytes) -> AsyncGenerator[pb.GenerateChunk, None]:
@@ -170,6 +177,8 @@ class InferenceServicer:
                 yield chunk
 
     def _serving_status(self) -> health_pb2.HealthCheckResponse.ServingStatus:
+        if self.is_draining:
+            return health_pb2.HealthCheckResponse.NOT_SERVING
         try:
             self._service.check_health()
         except EngineUnavailableError:

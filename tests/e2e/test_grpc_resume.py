@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from rayllm.client import AsyncClient, Chunk, Client
 from rayllm.client.attempts import MAX_CUTS
+from rayllm.client.codec import generate_request
 from rayllm.core.errors import CapacityError, EngineUnavailableError, InvalidRequestError, RequestAbortedError
 from rayllm.core.types import FinishReason, SamplingParams
 from rayllm.proto.v1 import inference_pb2 as pb
@@ -86,8 +87,6 @@ class Answer:
 
 
 def request(params: SamplingParams, **options: Any) -> pb.GenerateRequest:
-    from rayllm.client.codec import generate_request
-
     message = generate_request(TEXT, params, model=MODEL, request_id="", timeout_s=None)
     for name, value in options.items():
         if isinstance(value, pb.Resumption):
