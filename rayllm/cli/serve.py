@@ -49,6 +49,14 @@ def serve(
             min=0.0,
         ),
     ] = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--drain-timeout",
+            help="How many seconds a replica that is to end has for the requests that are running [30].",
+            min=0.0,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C, which lets running requests finish first.
@@ -63,6 +71,7 @@ def serve(
         "http_port": http_port,
         "grpc_port": grpc_port,
         "num_replicas": replicas,
+        "drain_timeout_s": drain_timeout,
     }
     settings = serve_config(merge(read_config(config) if config is not None else {}, given))
     note(f"Starting {settings.served_model} ...")

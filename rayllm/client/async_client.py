@@ -1,5 +1,6 @@
 """`AsyncClient`: the gRPC API for asyncio."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -8,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rayllm.client import codec
+from rayllm.client.attempts import RETRY_FOR_S, Attempts, GenerateAttempts, StreamAttempts, cut_short
 from rayllm.client.channel import CHANNEL_OPTIONS, host_and_port
 from rayllm.client.errors import error_from_status
 from rayllm.client.types import Chunk, Generation, Load, ModelInfo, Prompt
@@ -20,11 +22,14 @@ from rayllm.proto.v1 import inference_pb2_grpc as pb_grpc
 class AsyncClient:
     """`Client` with coroutines; to be made and used on one event loop. Cancelling a call ends it on the server."""
 
-    def __init__(self, target: str = "localhost:9000", *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, target: str = "localhost:9000", *, timeout_s: float | None = None, retry_for_s: float = RETRY_FOR_S
+    ) -> None:
         self._channel = grpc.aio.insecure_channel(host_and_port(target), options=CHANNEL_OPTIONS)
         self._stub: Any = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s
+        self._retry_for_s = retry_for_s
         self._served_model: str | None = None
 
     async def generate(
@@ -41,7 +46,14 @@ class AsyncClient:
         request = codec.generate_request(
             prompt, params, model=model or await self._model(), request_id=request_id, timeout_s=limit
         )
-        return codec.generation(await _call(self._stub.Generate, request, limit), params)
+        attempts = GenerateAttempts(request, timeout_s=limit, retry_for_s=self._retry_for_s)
+        while True:
+            try:
+                message = await self._stub.Generate(attempts.next_request(), timeout=attempts.remaining_s)
+                return codec.generation(message, params)
+            except grpc.aio.AioRpcError as error:
+                failure = _typed(error)
+            await asyncio.sleep(attempts.pause_after(failure))
 
     async def stream(
         self,
@@ -57,14 +69,19 @@ class AsyncClient:
         request = codec.generate_request(
             prompt, params, model=model or await self._model(), request_id=request_id, timeout_s=limit
         )
-        call = self._stub.GenerateStream(request, timeout=limit)
-        try:
-            async for message in call:
-                yield codec.chunk(message, params)
-        except grpc.aio.AioRpcError as error:
-            raise _typed(error) from None
-        finally:
-            call.cancel()
+        attempts = StreamAttempts(request, params, timeout_s=limit, retry_for_s=self._retry_for_s)
+        while not attempts.complete:
+            failure: RayLLMError = cut_short()
+            call = self._stub.GenerateStream(attempts.next_request(), timeout=attempts.remaining_s)
+            try:
+                async for message in call:
+                    yield attempts.take(message)
+            except grpc.aio.AioRpcError as error:
+                failure = _typed(error)
+            finally:
+                call.cancel()
+            if not attempts.complete:
+                await asyncio.sleep(attempts.pause_after(failure))
 
     async def abort(self, request_id: str) -> bool:
         """See `Client.abort`."""
@@ -76,14 +93,17 @@ class AsyncClient:
         request = codec.tokenize_request(
             prompt, model=model or await self._model(), add_special_tokens=add_special_tokens
         )
-        return list((await _call(self._stub.Tokenize, request, self._timeout_s)).token_ids)
+        return list(
+            (await _call(self._stub.Tokenize, request, self._timeout_s, retry_for_s=self._retry_for_s)).token_ids
+        )
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
         request = codec.detokenize_request(token_ids, model=model or await self._model())
-        return str((await _call(self._stub.Detokenize, request, self._timeout_s)).text)
+        return str((await _call(self._stub.Detokenize, request, self._timeout_s, retry_for_s=self._retry_for_s)).text)
 
     async def model_info(self) -> ModelInfo:
-        return codec.model_info(await _call(self._stub.ModelInfo, pb.ModelInfoRequest(), self._timeout_s))
+        """See `Client.model_info`."""
+        return await self._model_info(retry_for_s=0.0)
 
     async def load(self) -> Load:
         return codec.load(await _call(self._stub.Load, pb.LoadRequest(), self._timeout_s))
@@ -94,9 +114,13 @@ class AsyncClient:
         if response.status != health_pb2.HealthCheckResponse.SERVING:
             raise EngineUnavailableError("the server is up but does not serve now")
 
+    async def _model_info(self, *, retry_for_s: float) -> ModelInfo:
+        request = pb.ModelInfoRequest()
+        return codec.model_info(await _call(self._stub.ModelInfo, request, self._timeout_s, retry_for_s=retry_for_s))
+
     async def _model(self) -> str:
         if self._served_model is None:
-            self._served_model = (await self.model_info()).model
+            self._served_model = (await self._model_info(retry_for_s=self._retry_for_s)).model
         return self._served_model
 
     async def close(self) -> None:
@@ -111,11 +135,16 @@ class AsyncClient:
         await self.close()
 
 
-async def _call(method: Callable[..., Any], request: object, timeout_s: float | None) -> Any:
-    try:
-        return await method(request, timeout=timeout_s)
-    except grpc.aio.AioRpcError as error:
-        raise _typed(error) from None
+async def _call(
+    method: Callable[..., Any], request: object, timeout_s: float | None, *, retry_for_s: float = 0.0
+) -> Any:
+    attempts = Attempts(timeout_s=timeout_s, retry_for_s=retry_for_s)
+    while True:
+        try:
+            return await method(request, timeout=attempts.remaining_s)
+        except grpc.aio.AioRpcError as error:
+            failure = _typed(error)
+        await asyncio.sleep(attempts.pause_after(failure))
 
 
 def _typed(error: Any) -> RayLLMError:

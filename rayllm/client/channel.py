@@ -1,7 +1,12 @@
 """What both clients agree on about the connection."""
 
-# A long prompt's log-probabilities pass gRPC's 4 MB; the server is the one that bounds its answers.
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1)]
+CHANNEL_OPTIONS = [
+    # A long prompt's log-probabilities pass gRPC's 4 MB; the server is the one that bounds its answers.
+    ("grpc.max_receive_message_length", -1),
+    # A proxy that was killed is back within seconds; by default gRPC soon tries every two minutes only.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
 
 
 def host_and_port(target: str) -> str:

@@ -40,8 +40,12 @@ def generate_request(
     if timeout_s is not None:
         if not 0 <= timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequestError("timeout_s", f"{timeout_s} is not in [0, {MAX_TIMEOUT_S:g}]")
-        request.timeout_ms = math.ceil(timeout_s * 1000)
+        request.timeout_ms = milliseconds(timeout_s)
     return request
+
+
+def milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
 
 
 def tokenize_request(prompt: Prompt, *, model: str, add_special_tokens: bool) -> pb.TokenizeRequest:

@@ -17,6 +17,7 @@ from rayllm.core.errors import (
     ModelOutputError,
     RayLLMError,
     RequestAbortedError,
+    RequestExistsError,
 )
 
 DEFAULT_RETRY_AFTER_S = 1.0
@@ -26,7 +27,9 @@ _CODES = {
     grpc.StatusCode.NOT_FOUND: "model_not_found",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "over_capacity",
     grpc.StatusCode.DEADLINE_EXCEEDED: "deadline_exceeded",
-    grpc.StatusCode.CANCELLED: "aborted",
+    grpc.StatusCode.ALREADY_EXISTS: "request_exists",
+    # Of whoever cancels, the server would have said so: this is how HAProxy ends a stream whose replica is gone.
+    grpc.StatusCode.CANCELLED: "unavailable",
     grpc.StatusCode.UNAVAILABLE: "unavailable",
 }
 
@@ -40,6 +43,8 @@ def error_from_status(status: grpc.StatusCode, details: str, trailing: Mapping[s
             return InvalidRequestError(field, details.removeprefix(f"{field}: "))
         case "model_not_found":
             return ModelNotFoundError(details)
+        case "request_exists":
+            return RequestExistsError(details)
         case "over_capacity":
             return CapacityError(details, retry_after_s=retry_after_s)
         case "deadline_exceeded":

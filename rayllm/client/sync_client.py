@@ -1,5 +1,6 @@
 """`Client`: the gRPC API for code that waits."""
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -8,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rayllm.client import codec
+from rayllm.client.attempts import RETRY_FOR_S, Attempts, GenerateAttempts, StreamAttempts, cut_short
 from rayllm.client.channel import CHANNEL_OPTIONS, host_and_port
 from rayllm.client.errors import error_from_status
 from rayllm.client.types import Chunk, Generation, Load, ModelInfo, Prompt
@@ -20,15 +22,22 @@ from rayllm.proto.v1 import inference_pb2_grpc as pb_grpc
 class Client:
     """Thread-safe. `timeout_s` bounds every call that is not given its own; None: calls may wait for ever.
 
+    A call that finds no server, or loses it, is made again for up to `retry_for_s` seconds (0: never) within its time;
+    a stream then goes on where it was, with the text that it would have had (README, "When a replica is lost").
+
     Every method raises the errors of `rayllm.core.errors`: InvalidRequestError, ModelNotFoundError, CapacityError,
-    DeadlineExceededError, RequestAbortedError, EngineUnavailableError, or RayLLMError for what is none of these.
+    DeadlineExceededError, RequestAbortedError, RequestExistsError, EngineUnavailableError, or RayLLMError for what is
+    none of these.
     """
 
-    def __init__(self, target: str = "localhost:9000", *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, target: str = "localhost:9000", *, timeout_s: float | None = None, retry_for_s: float = RETRY_FOR_S
+    ) -> None:
         self._channel = grpc.insecure_channel(host_and_port(target), options=CHANNEL_OPTIONS)
         self._stub: Any = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s
+        self._retry_for_s = retry_for_s
         self._served_model: str | None = None
 
     def generate(
@@ -45,7 +54,14 @@ class Client:
         request = codec.generate_request(
             prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
         )
-        return codec.generation(_call(self._stub.Generate, request, limit), params)
+        attempts = GenerateAttempts(request, timeout_s=limit, retry_for_s=self._retry_for_s)
+        while True:
+            try:
+                message = self._stub.Generate(attempts.next_request(), timeout=attempts.remaining_s)
+                return codec.generation(message, params)
+            except grpc.RpcError as error:
+                failure = _typed(error)
+            time.sleep(attempts.pause_after(failure))
 
     def stream(
         self,
@@ -61,14 +77,19 @@ class Client:
         request = codec.generate_request(
             prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
         )
-        call = self._stub.GenerateStream(request, timeout=limit)
-        try:
-            for message in call:
-                yield codec.chunk(message, params)
-        except grpc.RpcError as error:
-            raise _typed(error) from None
-        finally:
-            call.cancel()
+        attempts = StreamAttempts(request, params, timeout_s=limit, retry_for_s=self._retry_for_s)
+        while not attempts.complete:
+            failure: RayLLMError = cut_short()
+            call = self._stub.GenerateStream(attempts.next_request(), timeout=attempts.remaining_s)
+            try:
+                for message in call:
+                    yield attempts.take(message)
+            except grpc.RpcError as error:
+                failure = _typed(error)
+            finally:
+                call.cancel()
+            if not attempts.complete:
+                time.sleep(attempts.pause_after(failure))
 
     def abort(self, request_id: str) -> bool:
         """False: no such request is live."""
@@ -78,16 +99,21 @@ class Client:
     def tokenize(self, prompt: Prompt, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text, or of a conversation by the model's chat template."""
         request = codec.tokenize_request(prompt, model=model or self._model(), add_special_tokens=add_special_tokens)
-        response: pb.TokenizeResponse = _call(self._stub.Tokenize, request, self._timeout_s)
+        response: pb.TokenizeResponse = _call(
+            self._stub.Tokenize, request, self._timeout_s, retry_for_s=self._retry_for_s
+        )
         return list(response.token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
         request = codec.detokenize_request(token_ids, model=model or self._model())
-        response: pb.DetokenizeResponse = _call(self._stub.Detokenize, request, self._timeout_s)
+        response: pb.DetokenizeResponse = _call(
+            self._stub.Detokenize, request, self._timeout_s, retry_for_s=self._retry_for_s
+        )
         return response.text
 
     def model_info(self) -> ModelInfo:
-        return codec.model_info(_call(self._stub.ModelInfo, pb.ModelInfoRequest(), self._timeout_s))
+        """Asked once, as are `load`, `abort` and `check_health`: they are about a server that is there."""
+        return self._model_info(retry_for_s=0.0)
 
     def load(self) -> Load:
         return codec.load(_call(self._stub.Load, pb.LoadRequest(), self._timeout_s))
@@ -98,9 +124,13 @@ class Client:
         if response.status != health_pb2.HealthCheckResponse.SERVING:
             raise EngineUnavailableError("the server is up but does not serve now")
 
+    def _model_info(self, *, retry_for_s: float) -> ModelInfo:
+        request = pb.ModelInfoRequest()
+        return codec.model_info(_call(self._stub.ModelInfo, request, self._timeout_s, retry_for_s=retry_for_s))
+
     def _model(self) -> str:
         if self._served_model is None:
-            self._served_model = self.model_info().model
+            self._served_model = self._model_info(retry_for_s=self._retry_for_s).model
         return self._served_model
 
     def close(self) -> None:
@@ -115,11 +145,14 @@ class Client:
         self.close()
 
 
-def _call(method: Callable[..., Any], request: object, timeout_s: float | None) -> Any:
-    try:
-        return method(request, timeout=timeout_s)
-    except grpc.RpcError as error:
-        raise _typed(error) from None
+def _call(method: Callable[..., Any], request: object, timeout_s: float | None, *, retry_for_s: float = 0.0) -> Any:
+    attempts = Attempts(timeout_s=timeout_s, retry_for_s=retry_for_s)
+    while True:
+        try:
+            return method(request, timeout=attempts.remaining_s)
+        except grpc.RpcError as error:
+            failure = _typed(error)
+        time.sleep(attempts.pause_after(failure))
 
 
 def _typed(error: Any) -> RayLLMError:

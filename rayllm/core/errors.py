@@ -42,6 +42,12 @@ class InvalidRequestError(RayLLMError):
         self.problem = problem
 
 
+class RequestExistsError(RayLLMError):
+    """A request of this id is live, and this call does not say that it takes its place."""
+
+    code = "request_exists"
+
+
 class ModelNotFoundError(RayLLMError):
     """The request names a model that this endpoint does not serve."""
 

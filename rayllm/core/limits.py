@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayllm.core.errors import InvalidRequestError
-from rayllm.core.types import SamplingParams, short_int
+from rayllm.core.types import Request, SamplingParams, short_int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +39,32 @@ class ModelLimits:
             for token_id in token_ids:
                 if token_id >= self.vocab_size:
                     raise InvalidRequestError(name, self._outside(token_id))
+
+    def check_resume(self, request: Request) -> None:
+        """Raises InvalidRequestError when the tokens that a request brings along cannot be the beginning of its answer.
+
+        Whether one of them had ended it depends on the tokenizer as well, and is found where the request is queued.
+        """
+        params, resume = request.params, request.resume
+        if not resume:
+            return
+        if len(resume) != params.n:
+            raise InvalidRequestError("resume", f"has {len(resume)} sequences, but n is {params.n}")
+        if not request.started:
+            raise InvalidRequestError("resume", "says that every sequence is finished")
+        if params.temperature > 0 and params.seed is None and any(request.started.values()):
+            raise InvalidRequestError("resume", "needs the seed that the tokens were drawn with")
+        room = min(self.max_model_len, self.max_request_tokens) - len(request.prompt_token_ids)
+        if params.max_tokens is not None:
+            room = min(room, params.max_tokens)
+        for index, token_ids in request.started.items():
+            if len(token_ids) >= room:
+                raise InvalidRequestError(
+                    "resume", f"sequence {index} has {len(token_ids)} tokens, and would have ended at {room}"
+                )
+            for token_id in token_ids:
+                if not 0 <= token_id < self.vocab_size:
+                    raise InvalidRequestError("resume", self._outside(token_id))
 
     def _check_lengths(self, prompt_len: int, params: SamplingParams) -> None:
         if prompt_len == 0:

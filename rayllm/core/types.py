@@ -113,12 +113,23 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt as token ids. `deadline` is in `time.monotonic()` seconds; None: no deadline."""
+    """One prompt as token ids. `deadline` is in `time.monotonic()` seconds; None: no deadline.
+
+    `resume`, if not empty, has for each of the n sequences the tokens that it was given elsewhere, to be gone on from;
+    None: it is finished. What comes back for the request is what follows on them.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     deadline: float | None = None
+    resume: tuple[tuple[int, ...] | None, ...] = ()
+
+    @property
+    def started(self) -> dict[int, tuple[int, ...]]:
+        """The sequences that are to be generated, by index, each with the tokens that it has already."""
+        resume = self.resume or ((),) * self.params.n
+        return {index: token_ids for index, token_ids in enumerate(resume) if token_ids is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,7 +62,7 @@ class _Stream:
 
     def __init__(self, request: Request) -> None:
         self.loop = asyncio.get_running_loop()
-        self.unfinished = request.params.n
+        self.unfinished = len(request.started)
         self._pending: dict[int, OutputDelta] = {}
         self._error: RayLLMError | None = None
         self._ready = asyncio.Event()
@@ -124,6 +124,7 @@ class AsyncEngine:
         DeadlineExceededError, RequestAbortedError, ModelOutputError or EngineUnavailableError after any.
         """
         self.limits.check(request.prompt_token_ids, request.params)
+        self.limits.check_resume(request)
         stream = _Stream(request)
         self._open(request, stream)
         timer = None
@@ -138,10 +139,10 @@ class AsyncEngine:
                 timer.cancel()
             self._end(request.request_id)
 
-    def abort(self, request_id: str) -> bool:
-        """Its stream ends with RequestAbortedError. False: no such request is live."""
+    def abort(self, request_id: str, message: str | None = None) -> bool:
+        """Its stream ends with RequestAbortedError, which says `message`. False: no such request is live."""
         with self._changed:
-            return self._end(request_id, RequestAbortedError(f"request {request_id} was aborted"))
+            return self._end(request_id, RequestAbortedError(message or f"request {request_id} was aborted"))
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -212,7 +213,11 @@ class AsyncEngine:
             if not self._engine.has_work:
                 self._last_progress = time.monotonic()
             self._engine.add(request)
-            self._processor.add(request)
+            try:
+                self._processor.add(request)
+            except InvalidRequestError:
+                self._engine.abort(request.request_id)
+                raise
             self._streams[request.request_id] = stream
             self._prompt_tokens += len(request.prompt_token_ids)
             self._changed.notify_all()

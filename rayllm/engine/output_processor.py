@@ -6,6 +6,7 @@ Keeps one incremental detokenizer for each live sequence, finds stop strings, an
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from rayllm.core.errors import InvalidRequestError
 from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import FinishReason, Request
 from rayllm.engine.detokenizer import Detokenizer
@@ -25,9 +26,14 @@ class OutputProcessor:
         self._live: dict[str, _LiveRequest] = {}
 
     def add(self, request: Request) -> None:
+        """Raises InvalidRequestError for a sequence to be resumed that a stop string had ended."""
         live = _LiveRequest(request)
-        for index in range(request.params.n):
-            live.detokenizers[index] = Detokenizer(self._tokenizer, request.prompt_token_ids, request.params.stop)
+        for index, token_ids in request.started.items():
+            detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids, request.params.stop)
+            detokenizer.push(token_ids)  # the text that its reader has; what is held back of it comes with the next
+            if detokenizer.stopped_by is not None:
+                raise InvalidRequestError("resume", f"sequence {index} holds a stop string, which had ended it")
+            live.detokenizers[index] = detokenizer
         self._live[request.request_id] = live
 
     def remove(self, request_id: str) -> None:

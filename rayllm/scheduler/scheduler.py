@@ -97,9 +97,9 @@ class Scheduler:
         return self._blocks.num_free
 
     def add(self, request: Request) -> None:
-        """Queues the request's `n` sequences; it has passed `ModelLimits.check`.
+        """Queues the request's `n` sequences; it has passed `ModelLimits.check` and `check_resume`.
 
-        Raises InvalidRequestError if its id is live, CapacityError if the queue is full.
+        Raises InvalidRequestError if its id is live or it resumes what had ended, CapacityError if the queue is full.
         """
         if request.request_id in self._groups:
             raise InvalidRequestError(
@@ -115,7 +115,7 @@ class Scheduler:
             max_sequence_len=self._max_sequence_len,
         )
         self._next_seq_id += request.params.n
-        self._num_live += request.params.n
+        self._num_live += len(group.sequences)
         self._groups[request.request_id] = group
         self._waiting.append(group.held.pop(0))
 
@@ -219,7 +219,7 @@ class Scheduler:
         self._waiting.check_integrity()
         for group in self._groups.values():
             leaders = [sequence for sequence in group.sequences.values() if sequence.status is not Status.HELD]
-            computed = any(sequence.output_token_ids for sequence in leaders)
+            computed = any(sequence.num_computed_tokens >= len(sequence.prompt_token_ids) for sequence in leaders)
             assert leaders, f"request {group.request.request_id!r}: all siblings are held"
             assert not (group.held and computed), f"request {group.request.request_id!r}: held after the prompt"
 
@@ -301,7 +301,7 @@ class Scheduler:
         sequence.num_cached_blocks = len(hits)
         sequence.num_computed_tokens = len(hits) * self._block_size
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, len(sequence.prompt_token_ids))
             group = sequence.group
             self.prefix_query_tokens += (
                 group.num_prompt_logprobs - 1 if group.wants_prompt_logprobs else sequence.num_tokens

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from hashlib import blake2b
 
+from rayllm.core.errors import InvalidRequestError
 from rayllm.core.types import FinishReason, Request, TokenLogprobs
 from rayllm.scheduler.batch import PositionLogprobs, SamplerSpec
 from rayllm.scheduler.block_manager import BlockManager, block_hash
@@ -171,7 +172,10 @@ class Sequence:
 def new_group(
     request: Request, first_seq_id: int, *, eos_token_ids: frozenset[int], max_sequence_len: int
 ) -> SequenceGroup:
-    """The request's `n` sequences, all held. `max_sequence_len`: tokens, whatever the request asks for."""
+    """The request's `n` sequences, all held. `max_sequence_len`: tokens, whatever the request asks for.
+
+    Raises InvalidRequestError for a sequence to be resumed whose tokens had ended it.
+    """
     params = request.params
     prompt_len = len(request.prompt_token_ids)
     wanted = max_sequence_len if params.max_tokens is None else prompt_len + params.max_tokens
@@ -183,13 +187,16 @@ def new_group(
         prompt_logprobs=None if params.prompt_logprobs is None else [None] * params.prompt_logprobs_start,
     )
     seed = secrets.randbits(64) if params.seed is None else params.seed & _UINT64
-    for index in range(params.n):
+    for index, token_ids in request.started.items():
+        if any(token_id in stop_ids for token_id in token_ids[params.min_tokens :]):
+            raise InvalidRequestError("resume", f"sequence {index} holds a token that had ended it")
         sequence = Sequence(
             seq_id=first_seq_id + index,
             group=group,
             index=index,
             seed=sequence_seed(seed, index),
             prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=list(token_ids),
         )
         group.sequences[index] = sequence
         group.held.append(sequence)

@@ -10,8 +10,8 @@ from rayllm.core.errors import ConfigError
 class ServeConfig:
     """`model_name`: what clients call the model; None: the last part of the model's path or hub name.
 
-    `max_request_s` ends any request, whatever its own deadline. `drain_timeout_s` is how long a shutdown waits for the
-    requests that are running.
+    `max_request_s` ends any request, whatever its own deadline. `drain_timeout_s` is how long a replica that is to end
+    (scaling down, an update, a shutdown) waits for the requests that are running.
     """
 
     engine: EngineConfig

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import ray
 from fastapi import FastAPI
 
 from rayllm.engine.async_engine import AsyncEngine
@@ -26,6 +27,10 @@ class InferenceReplica(InferenceServicer):
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_app(self._service, lifespan=self._lifespan)
 
+    @property
+    def is_draining(self) -> bool:
+        return _serve_drains_this_replica()
+
     async def check_health(self) -> None:
         self._service.check_health()
 
@@ -34,6 +39,13 @@ class InferenceReplica(InferenceServicer):
         """Serve ends the app's lifespan once the running requests are answered, or their time is up."""
         yield
         await self._engine.close()
+
+
+def _serve_drains_this_replica() -> bool:
+    """Serve tells a replica that it is to end only once its requests are answered, and its API has no word for the time
+    until then; the actor around the replica knows."""
+    actors = ray._private.worker.global_worker.actors.values()
+    return any(actor._replica_impl._shutting_down for actor in actors if hasattr(actor, "_replica_impl"))
 
 
 def _start(config: ServeConfig) -> tuple[AsyncEngine, InferenceService]:

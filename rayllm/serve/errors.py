@@ -21,6 +21,7 @@ from rayllm.core.errors import (
     ModelOutputError,
     RayLLMError,
     RequestAbortedError,
+    RequestExistsError,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ _TABLE: dict[type[RayLLMError], _Status] = {
     ModelNotFoundError: _Status(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     RouteError: _Status(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     MethodError: _Status(405, grpc.StatusCode.UNIMPLEMENTED, "invalid_request_error"),
+    RequestExistsError: _Status(409, grpc.StatusCode.ALREADY_EXISTS, "invalid_request_error"),
     PayloadTooLargeError: _Status(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid_request_error"),
     CapacityError: _Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
     RequestAbortedError: _Status(499, grpc.StatusCode.CANCELLED, "aborted"),
@@ -116,6 +118,8 @@ def failure(error: Exception) -> Failure:
         field = _printable(error.field, 200)
     elif isinstance(error, ModelNotFoundError):
         field = "model"
+    elif isinstance(error, RequestExistsError):
+        field = "request_id"
     return Failure(
         http_status=status.http,
         grpc_status=status.grpc,

@@ -11,7 +11,7 @@ from rayllm.core.types import FinishReason, SamplingParams, TokenLogprobs
 from rayllm.engine.outputs import OutputDelta
 from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.serve.prompts import Chat, Prompt
-from rayllm.serve.service import DEFAULT_MAX_TOKENS, GenerateCall, Generation, Usage, new_request_id
+from rayllm.serve.service import DEFAULT_MAX_TOKENS, GenerateCall, Generation, Resumption, Usage, new_request_id
 
 _Message = TypeVar("_Message", bound=Message)
 
@@ -63,6 +63,8 @@ def generate_call(request: pb.GenerateRequest) -> GenerateCall:
         prompt = chat(request.chat)
     else:
         raise InvalidRequestError("prompt", "is missing: give text, token_ids or chat")
+    if request.attempt < 0:
+        raise InvalidRequestError("attempt", f"{request.attempt} is negative")
     return GenerateCall(
         face="grpc",
         model=request.model,
@@ -70,6 +72,18 @@ def generate_call(request: pb.GenerateRequest) -> GenerateCall:
         params=_sampling_params(request.sampling, is_chat=kind == "chat"),
         request_id=request.request_id or new_request_id("grpc"),
         timeout_ms=request.timeout_ms if request.HasField("timeout_ms") else None,
+        attempt=request.attempt,
+        resume=_resumption(request.resume) if request.HasField("resume") else None,
+    )
+
+
+def _resumption(message: pb.Resumption) -> Resumption:
+    if not message.sequences:
+        raise InvalidRequestError("resume", "has no sequences")
+    return Resumption(
+        weight_version=message.weight_version,
+        token_ids=tuple(None if each.finished else tuple(each.token_ids) for each in message.sequences),
+        num_tokens=sum(len(each.token_ids) for each in message.sequences),
     )
 
 

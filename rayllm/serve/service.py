@@ -11,9 +11,16 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
-from rayllm.core.errors import InvalidRequestError, ModelNotFoundError, RayLLMError
+from rayllm.core.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RayLLMError,
+    RequestExistsError,
+)
 from rayllm.core.limits import ModelLimits
 from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import Request, SamplingParams
@@ -36,7 +43,7 @@ class Engine(Protocol):
     limits: ModelLimits
 
     def generate(self, request: Request) -> AsyncGenerator[OutputDelta, None]: ...
-    def abort(self, request_id: str) -> bool: ...
+    def abort(self, request_id: str, message: str | None = None) -> bool: ...
     def stats(self) -> EngineStats: ...
     def check_health(self) -> None: ...
 
@@ -46,8 +53,21 @@ def new_request_id(prefix: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Resumption:
+    """What a client has of an answer: the weights that gave it, and for each sequence its tokens; None: finished.
+    `num_tokens`: all of them, those of the finished ones too."""
+
+    weight_version: str
+    token_ids: tuple[tuple[int, ...] | None, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateCall:
-    """What either face parses a request into. `timeout_ms` None: as long as the server allows."""
+    """What either face parses a request into. `timeout_ms` None: as long as the server allows.
+
+    `attempt`: how often the call was made before under this id; a higher one takes the place of a lower one.
+    """
 
     face: str  # "http" or "grpc", for the metrics
     model: str
@@ -55,10 +75,14 @@ class GenerateCall:
     params: SamplingParams
     request_id: str
     timeout_ms: int | None = None
+    attempt: int = 0
+    resume: Resumption | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class Usage:
+    """Of the whole answer, what it was resumed from included."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -94,6 +118,7 @@ class InferenceService:
         self._engine = engine
         self._max_request_s = max_request_s
         self._live: dict[str, Generation] = {}
+        self._serial = count()
 
     def check_model(self, model: str) -> None:
         if model != self.model:
@@ -111,31 +136,37 @@ class InferenceService:
         arrival = time.monotonic()
         try:
             self.check_model(call.model)
+            self._check_weights(call.resume)
             if not _REQUEST_ID.fullmatch(call.request_id):
                 raise InvalidRequestError("request_id", "must be 1 to 128 letters, digits or ._:@/-")
             deadline = arrival + self._timeout_s(call.timeout_ms)
             if not 1 <= len(call.prompts) <= MAX_PROMPTS:
                 raise InvalidRequestError("prompt", f"{len(call.prompts)} prompts; 1 to {MAX_PROMPTS} are allowed")
             token_ids = [await self.prompts.encode(prompt, call.params) for prompt in call.prompts]
+            requests = tuple(
+                Request(
+                    # The engine never sees an id twice: an answer of its last holder may still be under way.
+                    request_id=f"{call.request_id}#{next(self._serial)}",
+                    prompt_token_ids=ids,
+                    params=call.params,
+                    deadline=deadline,
+                    resume=() if call.resume is None else call.resume.token_ids,
+                )
+                for ids in token_ids
+            )
+            for request in requests:
+                self.limits.check_resume(request)
         except RayLLMError as error:
             self.metrics.requests.labels(call.face, error.code).inc()
             raise
-        requests = tuple(
-            Request(
-                request_id=call.request_id if len(token_ids) == 1 else f"{call.request_id}#{i}",
-                prompt_token_ids=ids,
-                params=call.params,
-                deadline=deadline,
-            )
-            for i, ids in enumerate(token_ids)
-        )
         return Generation(call=call, created=int(time.time()), arrival=arrival, requests=requests)
 
     async def run(self, generation: Generation) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-        """(prompt index, delta) as they come. Closing it aborts what is left; the blocks are free at once."""
-        if generation.request_id in self._live:
-            raise InvalidRequestError("request_id", f"{generation.request_id!r} is in use by a live request")
-        self._live[generation.request_id] = generation
+        """(prompt index, delta) as they come. Closing it aborts what is left; the blocks are free at once.
+
+        Raises RequestExistsError if the id is live, unless this is a later attempt of it, which ends the earlier one.
+        """
+        self._take_id(generation)
         outcome = "cancelled"
         try:
             async with aclosing(self._observed(generation)) as deltas:
@@ -149,7 +180,8 @@ class InferenceService:
             outcome = RayLLMError.code
             raise
         finally:
-            del self._live[generation.request_id]
+            if self._live.get(generation.request_id) is generation:
+                del self._live[generation.request_id]
             face = generation.call.face
             self.metrics.requests.labels(face, outcome).inc()
             self.metrics.duration.labels(face).observe(time.monotonic() - generation.arrival)
@@ -157,14 +189,31 @@ class InferenceService:
     def abort(self, request_id: str) -> bool:
         """False: no such request is live."""
         generation = self._live.get(request_id)
-        if generation is None:
-            return False
-        aborted = [self._engine.abort(request.request_id) for request in generation.requests]
+        return generation is not None and self._abort(generation, f"request {request_id} was aborted")
+
+    def _abort(self, generation: Generation, message: str) -> bool:
+        aborted = [self._engine.abort(request.request_id, message) for request in generation.requests]
         return any(aborted)
+
+    def _take_id(self, generation: Generation) -> None:
+        request_id, attempt = generation.request_id, generation.call.attempt
+        live = self._live.get(request_id)
+        if live is not None and attempt <= live.call.attempt:
+            raise RequestExistsError(f"request_id: {request_id!r} is in use by a live request")
+        if live is not None:
+            self._abort(live, f"attempt {attempt} of request {request_id} took the place of this one")
+        self._live[request_id] = generation
+
+    def _check_weights(self, resume: Resumption | None) -> None:
+        if resume is not None and resume.weight_version != self.weight_version:
+            raise EngineUnavailableError(
+                f"the answer was begun by the weights {resume.weight_version[:64]!r}; here are {self.weight_version!r}"
+            )
 
     async def _observed(self, generation: Generation) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         usage = generation.usage
         usage.prompt_tokens = sum(len(request.prompt_token_ids) for request in generation.requests)
+        usage.completion_tokens = 0 if generation.call.resume is None else generation.call.resume.num_tokens
         first_token = self.metrics.time_to_first_token.labels(generation.call.face)
         inter_token = self.metrics.inter_token.labels(generation.call.face)
         last: dict[tuple[int, int], float] = {}

@@ -11,7 +11,7 @@ HEADER = ("fault", "times", "detection p50", "max", "recovery p50", "max", "leak
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Seconds, one of each kind for every trial; `leaks` in words."""
+    """Seconds, one of each kind for every trial, none where nothing is to be noticed; `leaks` in words."""
 
     fault: str
     detection_s: Sequence[float]
@@ -21,7 +21,9 @@ class Row:
     @property
     def cells(self) -> tuple[str, ...]:
         times = (
-            f"{figure(seconds):.2f} s" for seconds in (self.detection_s, self.recovery_s) for figure in (median, max)
+            f"{figure(seconds):.2f} s" if seconds else "-"
+            for seconds in (self.detection_s, self.recovery_s)
+            for figure in (median, max)
         )
         return (self.fault, str(len(self.recovery_s)), *times, ", ".join(self.leaks) or "none")
 

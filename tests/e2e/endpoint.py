@@ -1,5 +1,7 @@
 """An endpoint as users start it: a process with its own Ray, Serve and HAProxy."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,12 +18,15 @@ import httpx
 from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.proto.v1.inference_pb2_grpc import InferenceStub
 from tests.ray.faults import shard_pids
+from tests.ray.processes import descendants
 
 SCRIPT = """
 import contextlib
+import json
 import signal
 import sys
 import threading
+from dataclasses import replace
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.local import serve_local
@@ -30,13 +35,33 @@ engine = EngineConfig(
     model=ModelConfig(model=sys.argv[1]),
     parallel=ParallelConfig(tensor=int(sys.argv[4]), shard_recovery_timeout_s=float(sys.argv[5])),
     cache=CacheConfig(num_blocks=200),
-    scheduler=SchedulerConfig(max_num_seqs=4, max_waiting_requests=4),
+    scheduler=SchedulerConfig(max_num_seqs=int(sys.argv[7]), max_waiting_requests=int(sys.argv[7])),
 )
-config = ServeConfig(engine=engine, model_name="tiny", http_port=int(sys.argv[2]), grpc_port=int(sys.argv[3]))
+config = ServeConfig(
+    engine=engine,
+    model_name="tiny",
+    http_port=int(sys.argv[2]),
+    grpc_port=int(sys.argv[3]),
+    num_replicas=int(sys.argv[6]),
+)
 with serve_local(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background with SIGINT ignored
     print("ready", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
+        for line in sys.stdin:  # settings to deploy anew with
+            import ray
+            from ray import serve
+            from ray.serve._private.common import DeploymentID
+            from ray.serve.context import _get_global_client
+            from rayllm.serve.app import APP_NAME, build_app
+            settings = json.loads(line)
+            if replicas := settings.pop("scale_to", None):  # as an autoscaler does
+                deployment = DeploymentID(name="inference", app_name=APP_NAME)
+                ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
+            else:
+                app = build_app(replace(config, **settings))
+                serve.run(app, name=APP_NAME, external_scaler_enabled=True)
+            print("deployed", flush=True)
         threading.Event().wait()
 """
 
@@ -47,6 +72,7 @@ class Endpoint:
     mark: str
     http: httpx.Client
     channel: grpc.Channel
+    grpc_address: str
 
     @property
     def stub(self) -> InferenceStub:
@@ -57,6 +83,24 @@ class Endpoint:
 
     def shards(self) -> set[int]:
         return shard_pids(self.process.pid)
+
+    def deploy(self, **settings: object) -> None:
+        """Returns when Serve says that all replicas have the settings and none is left of those before."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(settings) + "\n")
+        self.process.stdin.flush()
+        while (line := self.process.stdout.readline()) != "deployed\n":  # Serve prints as it waits
+            assert line, "the endpoint has ended"
+
+    def named(self, title: str) -> list[int]:
+        """The processes of the endpoint whose command line holds `title`, oldest first."""
+        found = []
+        for pid in sorted(descendants(self.process.pid)):
+            with contextlib.suppress(OSError):
+                if title in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(pid)
+        return found
 
     def stop(self) -> None:
         """As Ctrl-C does."""
@@ -82,12 +126,20 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(model: Path, *, tensor: int = 1, shard_recovery_timeout_s: float = 120) -> Endpoint:
+def start(
+    model: Path,
+    *,
+    tensor: int = 1,
+    shard_recovery_timeout_s: float = 120,
+    replicas: int = 1,
+    max_num_seqs: int = 4,
+) -> Endpoint:
     http_port, grpc_port = free_ports(2)
     mark = uuid.uuid4().hex
-    arguments = (model, http_port, grpc_port, tensor, shard_recovery_timeout_s)
+    arguments = (model, http_port, grpc_port, tensor, shard_recovery_timeout_s, replicas, max_num_seqs)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -96,7 +148,8 @@ def start(model: Path, *, tensor: int = 1, shard_recovery_timeout_s: float = 120
     assert process.stdout is not None
     assert "ready" in process.stdout.readline()
     http = httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=60)
-    return Endpoint(process, mark, http, grpc.insecure_channel(f"127.0.0.1:{grpc_port}"))
+    address = f"127.0.0.1:{grpc_port}"
+    return Endpoint(process, mark, http, grpc.insecure_channel(address), address)
 
 
 def processes(mark: str) -> list[str]:

@@ -369,6 +369,12 @@ STATUSES = [
     ),
     (grpc.StatusCode.CANCELLED, "aborted", (("error-code", "aborted"),), errors.RequestAbortedError("aborted")),
     (
+        grpc.StatusCode.ALREADY_EXISTS,
+        "in use",
+        (("error-code", "request_exists"), ("error-field", "request_id")),
+        errors.RequestExistsError("in use"),
+    ),
+    (
         grpc.StatusCode.UNAVAILABLE,
         "a shard was lost",
         (("error-code", "unavailable"), ("retry-after-ms", "3000")),
@@ -383,6 +389,7 @@ STATUSES = [
     # A proxy on the way sends a status alone.
     (grpc.StatusCode.INVALID_ARGUMENT, "bad", (), errors.InvalidRequestError("request", "bad")),
     (grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", (), errors.CapacityError("busy", retry_after_s=1.0)),
+    (grpc.StatusCode.CANCELLED, "RST_STREAM", (), errors.EngineUnavailableError("RST_STREAM", retry_after_s=1.0)),
     (grpc.StatusCode.UNAUTHENTICATED, "who?", (), errors.RayLLMError("UNAUTHENTICATED: who?")),
 ]
 
@@ -396,7 +403,7 @@ async def test_every_status_is_a_typed_error(server, make_client, status, detail
     scripted, target = server
     scripted.failure = (status, details, trailers)
     scripted.pieces_before_failure = 1
-    async with make_client(target) as client:
+    async with make_client(target, retry_for_s=0) as client:
         with pytest.raises(errors.RayLLMError) as whole:
             await client.generate("hi")
         chunks = client.stream("hi")
@@ -448,7 +455,7 @@ async def test_cancelling_a_task_ends_its_call_on_the_server(server):
 
 
 async def test_nobody_there(make_client):
-    async with make_client("127.0.0.1:1", timeout_s=5.0) as client:
+    async with make_client("127.0.0.1:1", timeout_s=1.0) as client:
         with pytest.raises(errors.EngineUnavailableError):
             await client.model_info()
 

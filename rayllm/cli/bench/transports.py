@@ -67,7 +67,7 @@ class GrpcTransport:
     def __init__(self, url: str) -> None:
         from rayllm.client import AsyncClient
 
-        self._client = AsyncClient(url)
+        self._client = AsyncClient(url, retry_for_s=0.0)  # a failure is a result
 
     async def send(self, prompt_token_ids: list[int], output_len: int, record: Record) -> None:
         async with contextlib.aclosing(self._client.stream(prompt_token_ids, _params(output_len))) as chunks:
