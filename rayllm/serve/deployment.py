@@ -3,8 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 from fastapi import FastAPI
+from ray import serve
 
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import build_engine, prepare
@@ -13,7 +15,10 @@ from rayllm.models.weight_version import weight_version
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
 from rayllm.serve.openai_api import build_http_app
+from rayllm.serve.ray_metrics import RaySink
 from rayllm.serve.service import InferenceService
+
+_PUBLISH_S: Final = 1.0  # Ray's agent reads every few seconds
 
 
 class InferenceReplica(InferenceServicer):
@@ -21,6 +26,7 @@ class InferenceReplica(InferenceServicer):
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._engine, service = await asyncio.to_thread(_start, config)
+        service.metrics.export_to(RaySink())
         super().__init__(service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -32,8 +38,15 @@ class InferenceReplica(InferenceServicer):
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Serve ends the app's lifespan once the running requests are answered, or their time is up."""
+        publishing = asyncio.create_task(self._publish())
         yield
+        publishing.cancel()
         await self._engine.close()
+
+    async def _publish(self) -> None:
+        while True:
+            self._service.metrics.publish()
+            await asyncio.sleep(_PUBLISH_S)
 
 
 def _start(config: ServeConfig) -> tuple[AsyncEngine, InferenceService]:
@@ -41,6 +54,10 @@ def _start(config: ServeConfig) -> tuple[AsyncEngine, InferenceService]:
     version = weight_version(prepared.checkpoint.directory)
     engine = AsyncEngine(build_engine(prepared, start_ray))
     service = InferenceService(
-        engine, model=config.served_model, weight_version=version, max_request_s=config.max_request_s
+        engine,
+        model=config.served_model,
+        weight_version=version,
+        max_request_s=config.max_request_s,
+        replica=serve.get_replica_context().replica_id.unique_id,
     )
     return engine, service
