@@ -13,7 +13,7 @@ REFERENCE := $(VENV)/.reference
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
 .PHONY: help setup serve demo test verify reference chaos lint format types contracts proto proto-check model \
-	kernels-report kernels-check
+	kernels-report kernels-check autoscaling-day
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -48,6 +48,9 @@ verify: test reference ## The tests, and those that take minutes
 
 chaos: setup ## Kill and stop what runs, many times; prints a table of how it was noticed and repaired (minutes)
 	$(BIN)/pytest tests/chaos
+
+autoscaling-day: setup ## Draw a day of traffic and the replicas that the autoscaling policy wants (autoscaling-day.png)
+	$(BIN)/python -m tests.autoscaling_day autoscaling-day.png
 
 reference: $(REFERENCE) ## lm-eval 0.4.13 and the data sets that `make verify` compares with (86 MB, in .eval-data)
 

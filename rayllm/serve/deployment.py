@@ -12,6 +12,7 @@ from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import build_engine, prepare
 from rayllm.engine.ray_executor import start_ray
 from rayllm.models.weight_version import weight_version
+from rayllm.serve.autoscaling import LOAD, TTFT, replica_load
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
 from rayllm.serve.openai_api import build_http_app
@@ -25,6 +26,7 @@ class InferenceReplica(InferenceServicer):
     """Serve calls the gRPC methods by name, asks for the HTTP app once, and checks health."""
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._config = config
         self._engine, service = await asyncio.to_thread(_start, config)
         service.metrics.export_to(RaySink())
         super().__init__(service)
@@ -34,6 +36,14 @@ class InferenceReplica(InferenceServicer):
 
     async def check_health(self) -> None:
         self._service.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        load = replica_load(
+            self._service.stats(),
+            max_num_seqs=self._config.engine.scheduler.max_num_seqs,
+            block_size=self._config.engine.cache.block_size,
+        )
+        return {LOAD: load, TTFT: self._service.recent_ttft.seconds()}
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:

@@ -21,6 +21,7 @@ from rayllm.engine.async_engine import EngineStats
 from rayllm.engine.outputs import OutputDelta
 from rayllm.serve.metrics import DURATION, INTER_TOKEN, QUEUE, TIME_TO_FIRST_TOKEN, Metrics
 from rayllm.serve.prompts import Prompt, PromptEncoder
+from rayllm.serve.recent_ttft import RecentTtft
 from rayllm.serve.tracing import Span, generation_span
 
 DEFAULT_MAX_TOKENS = 16  # of a text or token prompt; a chat goes on to the end of its context
@@ -101,6 +102,7 @@ class InferenceService:
         self.limits = engine.limits
         self.prompts = PromptEncoder(engine.tokenizer, engine.limits)
         self.metrics = Metrics(engine.stats, lambda: self.weight_version, replica=replica)
+        self.recent_ttft = RecentTtft()
         self._engine = engine
         self._max_request_s = max_request_s
         self._live: dict[str, Generation] = {}
@@ -146,6 +148,7 @@ class InferenceService:
         if generation.request_id in self._live:
             raise InvalidRequestError("request_id", f"{generation.request_id!r} is in use by a live request")
         self._live[generation.request_id] = generation
+        self.recent_ttft.arrived(generation.request_id, generation.arrival)
         outcome = "cancelled"
         try:
             with generation_span(generation, self.weight_version) as span:
@@ -161,6 +164,7 @@ class InferenceService:
             raise
         finally:
             del self._live[generation.request_id]
+            self.recent_ttft.left(generation.request_id)
             face = generation.call.face
             self.metrics.ended(face, outcome)
             self.metrics.observe(DURATION, face, time.monotonic() - generation.arrival)
@@ -186,6 +190,7 @@ class InferenceService:
                 if not last:
                     metrics.observe(TIME_TO_FIRST_TOKEN, face, now - generation.arrival)
                     metrics.observe(QUEUE, face, delta.queue_s)
+                    self.recent_ttft.answered(generation.request_id)
                     span.add_event("first_token")
                 elif key in last:
                     metrics.observe(INTER_TOKEN, face, now - last[key])

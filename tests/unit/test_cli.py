@@ -35,7 +35,10 @@ WORKLOAD = "--requests --input-len --output-len"
 # An option is a promise to keep: adding one means adding it here, with a reason in the commit.
 FROZEN = {
     "": "--version --verbose -v",
-    "serve": f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --shard-recovery-timeout --json",
+    "serve": (
+        f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --min-replicas --max-replicas"
+        " --shard-recovery-timeout --json"
+    ),
     "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
     "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
     "eval": "",
