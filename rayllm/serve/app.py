@@ -1,5 +1,7 @@
 """The Serve application: one deployment that is the HTTP ingress and the gRPC servicer at once."""
 
+from typing import Any
+
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, HTTPOptions, gRPCOptions
 
@@ -9,6 +11,7 @@ from rayllm.serve.autoscaling import EnginePolicy
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.deployment import InferenceReplica
 from rayllm.serve.recent_ttft import WINDOW_S
+from rayllm.serve.settings import check_sections, serve_config
 
 APP_NAME = "rayllm"
 
@@ -43,6 +46,13 @@ def build_app(config: ServeConfig) -> serve.Application:
         max_constructor_retry_count=1,
     )
     return deployment.bind(config)
+
+
+def from_settings(settings: dict[str, Any]) -> serve.Application:
+    """What Serve calls with the `args` of an application whose import path names this: the tables of a configuration
+    file. Ports are Serve's to decide there (`http_options`, `grpc_options`). Raises ConfigError."""
+    check_direct_ingress()
+    return build_app(serve_config(check_sections("args", settings)))
 
 
 def _autoscaling(config: ServeConfig) -> AutoscalingConfig | None:
