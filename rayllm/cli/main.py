@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rayllm.cli import chat, eval_report, generate, models, plan, quantize, serve
+from rayllm.cli import chat, doctor, eval_report, generate, models, plan, quantize, serve
 from rayllm.cli import eval as evaluation
 from rayllm.cli.bench import app as bench
 from rayllm.cli.console import note, set_up_logging
@@ -32,6 +32,7 @@ app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
 evaluation.app.command("report", epilog=eval_report.EXAMPLES)(eval_report.report)
 app.add_typer(evaluation.app, name="eval")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

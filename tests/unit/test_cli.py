@@ -46,6 +46,7 @@ FROZEN = {
     "eval run": (
         f"model {ENGINE} --tasks --url --num-fewshot --limit --data --output --seed --allow-code-execution --json"
     ),
+    "doctor": "--tp --pp --gpus --address --json",
     "models": "",
     "models list": "--json",
     "models fetch": "name --json",
