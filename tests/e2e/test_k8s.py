@@ -181,6 +181,44 @@ def test_serve_config_v2_starts_here(tmp_path, tiny_model):
         assert process.wait(timeout=90) == 0
 
 
+DEPLOY = """
+import sys
+from pathlib import Path
+import httpx
+import yaml
+from rayllm.cli.config_file import read_config, serve_config
+from rayllm.serve.local import _await_answers, _ray
+
+path = Path(sys.argv[1])
+config = serve_config(read_config(path))
+with _ray(config):
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())), _blocking=True)
+    url = f"http://127.0.0.1:{config.http_port}"
+    _await_answers(url, f"127.0.0.1:{config.grpc_port}")
+    print("answer:", httpx.get(f"{url}/v1/models").json()["data"][0]["id"])
+"""
+
+
+@pytest.mark.ray
+@needs_kubectl
+def test_ray_serve_deploys_it(tmp_path, tiny_model):
+    """As Serve's controller does for KubeRay: by import path and `args`, in a process of its own."""
+    document = yaml.safe_load(rendered("overlays/cpu-demo")["RayService"]["spec"]["serveConfigV2"])
+    http_port, grpc_port = free_ports(2)
+    document["http_options"]["port"], document["grpc_options"]["port"] = http_port, grpc_port
+    document["applications"][0]["args"]["model"]["model"] = str(tiny_model)
+    document["applications"][0]["args"]["serve"]["model_name"] = "deployed"
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(document))
+    command = [sys.executable, "-c", DEPLOY, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "answer: deployed" in done.stdout
+
+
 def configuration(name: str, folder: Path) -> ServeConfig:
     path = folder / "serve.yaml"
     path.write_text(rendered(name)["RayService"]["spec"]["serveConfigV2"])
