@@ -14,7 +14,7 @@ TRITON_3_6 := $(VENV)/triton-3.6
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
 .PHONY: help setup serve demo test verify reference chaos lint format types contracts proto proto-check model \
-	kernels-report kernels-check kernels-report-3.6 kernels-check-3.6 gpu
+	kernels-report kernels-check kernels-report-3.6 kernels-check-3.6 gpu autoscaling-day
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -49,6 +49,9 @@ verify: test reference kernels-check-3.6 ## The tests, and those that take minut
 
 chaos: setup ## Kill and stop what runs, many times; prints a table of how it was noticed and repaired (minutes)
 	$(BIN)/pytest tests/chaos
+
+autoscaling-day: setup ## Draw a day of traffic and the replicas that the autoscaling policy wants (autoscaling-day.png)
+	$(BIN)/python -m tests.autoscaling_day autoscaling-day.png
 
 reference: $(REFERENCE) ## lm-eval 0.4.13 and the data sets that `make verify` compares with (86 MB, in .eval-data)
 

@@ -1,4 +1,5 @@
-"""The configuration in a TOML file: a table for each part of `EngineConfig`, and one for `ServeConfig`.
+"""The configuration in a file: TOML, with a table for each part of `EngineConfig` and one for `ServeConfig`, or the
+YAML that Ray Serve deploys (`serve deploy`, a RayService's `serveConfigV2`), whose application has the same as `args`.
 
 [model]
 model = "smollm2-135m"
@@ -17,42 +18,63 @@ max_num_seqs = 64
 http_port = 8000
 """
 
-import dataclasses
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final
 
-import msgspec
-
-from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from rayllm.core.errors import ConfigError
-from rayllm.serve.config import ServeConfig
+from rayllm.serve.settings import Sections, check_name, check_sections, engine_config, serve_config
 
-Sections = dict[str, dict[str, Any]]
-_Config = TypeVar("_Config")
+__all__ = ["Sections", "engine_config", "merge", "read_config", "serve_config"]
 
-_ENGINE = {"model": ModelConfig, "parallel": ParallelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
+_IMPORT_PATH: Final = "rayllm.serve.app:from_settings"
 
 
 def read_config(path: Path) -> Sections:
     """The file's tables, names checked, values not yet. Raises ConfigError that names the file and the key."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            return _serve_yaml(str(path), text)
+        return check_sections(str(path), tomllib.loads(text))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
-    valid = {section: [field.name for field in dataclasses.fields(config)] for section, config in _ENGINE.items()}
-    valid["serve"] = [field.name for field in dataclasses.fields(ServeConfig) if field.name != "engine"]
-    for section, values in tables.items():
-        _check_name(path, section, valid)
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {section}: must be a table, [{section}]")
-        for name in values:
-            _check_name(path, f"{section}.{name}", [f"{section}.{each}" for each in valid[section]])
-    return tables
+
+
+def _serve_yaml(where: str, text: str) -> Sections:
+    """Of a file for Ray Serve: its one application's settings and its ports. Ray ignores what it does not know; this
+    does not."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not a YAML file: {error}") from None
+    top = _table(where, "the file", document, {"proxy_location", "http_options", "grpc_options", "applications"})
+    http = _table(where, "http_options", top.get("http_options", {}), {"host", "port"})
+    grpc_keys = {"port", "grpc_servicer_functions", "enable_reflection"}
+    grpc = _table(where, "grpc_options", top.get("grpc_options", {}), grpc_keys)
+    applications = top.get("applications")
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ConfigError(f"{where}: applications: must be a list of one")
+    keys = {"name", "route_prefix", "import_path", "args"}
+    application = _table(where, "applications[0]", applications[0], keys)
+    if application.get("import_path") != _IMPORT_PATH:
+        raise ConfigError(f"{where}: applications[0].import_path: must be {_IMPORT_PATH}")
+    sections = check_sections(f"{where}: applications[0].args", _table(where, "args", application.get("args", {})))
+    ports = {"http_port": http.get("port"), "grpc_port": grpc.get("port")}
+    return merge(sections, {"serve": ports})
+
+
+def _table(where: str, name: str, value: Any, keys: set[str] | None = None) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {name}: must be a mapping")
+    for key in value if keys is not None else ():
+        check_name(where, str(key), sorted(keys or ()))
+    return value
 
 
 def merge(file: Sections, given: Sections) -> Sections:
@@ -62,37 +84,3 @@ def merge(file: Sections, given: Sections) -> Sections:
         | {name: value for name, value in given.get(section, {}).items() if value is not None}
         for section in {*file, *given}
     }
-
-
-def engine_config(sections: Sections) -> EngineConfig:
-    """Raises ConfigError for a value of a wrong type or out of range, or when no model is named."""
-    return _convert(_engine(sections), EngineConfig)
-
-
-def serve_config(sections: Sections) -> ServeConfig:
-    """As `engine_config`."""
-    return _convert({**sections.get("serve", {}), "engine": _engine(sections)}, ServeConfig)
-
-
-def _engine(sections: Sections) -> Sections:
-    if "model" not in sections.get("model", {}):
-        raise ConfigError(
-            "no model: name one on the command line, or as `model` under [model] in the configuration file"
-        )
-    return {section: sections.get(section, {}) for section in _ENGINE}
-
-
-def _convert(values: Mapping[str, Any], config: type[_Config]) -> _Config:
-    try:
-        return msgspec.convert(values, config)
-    except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$.")
-        setting = path.rstrip("`").removeprefix("engine.")
-        raise ConfigError(f"{setting if '.' in setting else f'serve.{setting}'}: {problem.lower()}") from None
-
-
-def _check_name(path: Path, name: str, valid: Iterable[str]) -> None:
-    valid = list(valid)
-    if name not in valid:
-        near = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
-        raise ConfigError(f"{path}: {name}: there is no such setting; the nearest is {near[0]}")

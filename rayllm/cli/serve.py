@@ -41,6 +41,13 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option("--replicas", help="Copies of the model, each with its ranks [1].")
     ] = None,
+    min_replicas: Annotated[
+        int | None,
+        typer.Option("--min-replicas", help="With --max-replicas: not fewer, however idle; may be 0 [1].", min=0),
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", help="As many copies as the load needs, up to this many.", min=1)
+    ] = None,
     shard_recovery_timeout: Annotated[
         float | None,
         typer.Option(
@@ -72,6 +79,8 @@ def serve(
         "grpc_port": grpc_port,
         "num_replicas": replicas,
         "drain_timeout_s": drain_timeout,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
     }
     settings = serve_config(merge(read_config(config) if config is not None else {}, given))
     note(f"Starting {settings.served_model} ...")

@@ -36,8 +36,9 @@ _IDLE_CHECK_S = 0.25  # how often an engine without work looks whether it still 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot. The counters only grow; `last_step_age_s` is 0 while there is nothing to do. The last two are of the
-    last recovery, 0 before the first: how long a fault went unnoticed at most, and how long its repair took."""
+    """A snapshot. The counters only grow; `step_s` and `framework_s` are `Engine`'s. `last_step_age_s` is 0 while there
+    is nothing to do. The last two are of the last recovery, 0 before the first: how long a fault went unnoticed at
+    most, and how long its repair took."""
 
     running: int
     waiting: int
@@ -48,6 +49,8 @@ class EngineStats:
     prefix_query_tokens: int
     preemptions: int
     steps: int
+    step_s: float
+    framework_s: float
     prompt_tokens: int
     generated_tokens: int
     last_step_age_s: float
@@ -158,6 +161,8 @@ class AsyncEngine:
                 prefix_query_tokens=scheduler.prefix_query_tokens,
                 preemptions=scheduler.preemptions,
                 steps=self._engine.num_steps,
+                step_s=self._engine.step_seconds,
+                framework_s=self._engine.framework_seconds,
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated_tokens,
                 last_step_age_s=time.monotonic() - self._last_progress if self._engine.has_work else 0.0,

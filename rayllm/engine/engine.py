@@ -5,6 +5,7 @@ another is inside `step`: the lock is held only while the scheduler is touched, 
 """
 
 import threading
+import time
 
 from rayllm.core.errors import EngineUnavailableError
 from rayllm.core.types import Request
@@ -17,6 +18,9 @@ _PROGRESS_TOKENS = 16
 
 
 class Engine:
+    """`step_seconds`: how long batches were with the ranks, all together; `framework_seconds`: how long there was work
+    and no batch was, which is what scheduling costs that does not overlap with the model. Neither counts recoveries."""
+
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self.scheduler = scheduler
         self.lock = threading.RLock()
@@ -26,10 +30,15 @@ class Engine:
         self._losses: dict[str, tuple[int, int]] = {}  # how many, and the tokens at the last, of those that ran then
         self._executor = executor
         self._in_flight = 0
+        self.step_seconds = 0.0
+        self.framework_seconds = 0.0
+        self._since: float | None = None  # when the ranks last got or lost their only batch; None: nothing to do
 
     def add(self, request: Request) -> None:
         """Raises CapacityError when the queue is full, InvalidRequestError for a request_id that is live."""
         with self.lock:
+            if not self.has_work:
+                self._since = time.monotonic()
             self.scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -61,6 +70,8 @@ class Engine:
             if batch is None:
                 return
             self._executor.submit(batch)
+            if not self._in_flight:
+                self.framework_seconds += self._elapsed()
             self._in_flight += 1
 
     def finish(self) -> list[SequenceOutput]:
@@ -69,9 +80,14 @@ class Engine:
             return []
         result = self._executor.collect()
         self._in_flight -= 1
+        if not self._in_flight:
+            self.step_seconds += self._elapsed()
         self.num_steps += 1
         with self.lock:
-            return self.scheduler.commit(result)
+            outputs = self.scheduler.commit(result)
+            if not self.has_work:
+                self._since = None
+            return outputs
 
     def check(self) -> None:
         """Raises EngineUnavailableError when a shard was lost while there was nothing to do."""
@@ -85,6 +101,7 @@ class Engine:
         with self.lock:
             suspects = self._suspects()
             self._in_flight = 0
+            self._since = None
             self.scheduler.requeue_all()
             for request_id in suspects:
                 self.scheduler.abort(request_id)
@@ -98,6 +115,12 @@ class Engine:
     def close(self) -> None:
         """From any thread; ends a `recover` that is under way."""
         self._executor.close()
+
+    def _elapsed(self) -> float:
+        """Seconds since this was last called, if there was work all the time."""
+        now = time.monotonic()
+        since, self._since = self._since, now
+        return 0.0 if since is None else now - since
 
     def _suspects(self) -> list[str]:
         losses = {}

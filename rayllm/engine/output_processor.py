@@ -77,4 +77,5 @@ def _delta(detokenizer: Detokenizer, output: SequenceOutput, stop_token_ids: tup
         stop_reason=stop_reason,
         prompt_logprobs=output.prompt_logprobs,
         num_cached_tokens=output.num_cached_tokens,
+        queue_s=output.queue_s,
     )

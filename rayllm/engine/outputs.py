@@ -37,7 +37,8 @@ class OutputDelta:
     """A streamed piece of one of the `n` sequences of a request: the tokens and the text that are new.
 
     Text may lag behind the tokens while it could be half a character or the start of a stop string.
-    `prompt_logprobs` come with the first piece of sequence 0 only.
+    `prompt_logprobs` come with the first piece of sequence 0 only. `queue_s`: how long the sequence waited before it
+    was admitted.
     """
 
     index: int
@@ -48,6 +49,7 @@ class OutputDelta:
     stop_reason: str | int | None
     prompt_logprobs: list[TokenLogprobs | None] | None
     num_cached_tokens: int
+    queue_s: float
 
     def extend(self, later: "OutputDelta") -> None:
         """Append a later piece of the same sequence."""

@@ -12,6 +12,7 @@ passes `rayllm.core.limits` fits alone.
 Knows nothing of text, time limits, devices or ranks; ids in, ids out. Not thread-safe.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -302,6 +303,7 @@ class Scheduler:
         sequence.num_computed_tokens = len(hits) * self._block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, len(sequence.prompt_token_ids))
+            sequence.queue_s = time.monotonic() - sequence.group.arrival
             group = sequence.group
             self.prefix_query_tokens += (
                 group.num_prompt_logprobs - 1 if group.wants_prompt_logprobs else sequence.num_tokens
@@ -378,6 +380,7 @@ class Scheduler:
             finish_reason=finish_reason,
             stop_token=token_id if finish_reason is FinishReason.STOP else None,
             num_cached_tokens=sequence.num_cached_tokens,
+            queue_s=sequence.queue_s,
             num_prompt_tokens=len(sequence.prompt_token_ids),
         )
 

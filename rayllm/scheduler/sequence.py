@@ -5,6 +5,7 @@ scheduler's business. The prompt is shared by the group and never copied here.
 """
 
 import secrets
+import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -33,6 +34,7 @@ class SequenceOutput:
     `prompt_logprobs`, if asked for, come once, with the first output of the first sequence of the request: one entry
     for each prompt token, None for those before `prompt_logprobs_start`.
     `num_cached_tokens`: how many of the prompt's tokens were found in the prefix cache.
+    `queue_s`: how long the sequence waited before it was admitted the first time.
     """
 
     request_id: str
@@ -44,6 +46,7 @@ class SequenceOutput:
     stop_token: int | None
     num_cached_tokens: int
     num_prompt_tokens: int
+    queue_s: float
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -57,6 +60,7 @@ class SequenceGroup:
     sequences: dict[int, "Sequence"] = field(default_factory=dict)
     held: list["Sequence"] = field(default_factory=list)
     num_queued: int = 0  # of them in the waiting queue
+    arrival: float = field(default_factory=time.monotonic)
 
     @property
     def num_prompt_logprobs(self) -> int:
@@ -98,6 +102,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     num_cached_blocks: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the cache at the first admission
+    queue_s: float = 0.0  # until the first admission
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,10 @@ class ServeConfig:
 
     `max_request_s` ends any request, whatever its own deadline. `drain_timeout_s` is how long a replica that is to end
     (scaling down, an update, a shutdown) waits for the requests that are running.
+
+    With `max_replicas` there are as many replicas as the load needs, at least `min_replicas`, which may be 0; without,
+    always `num_replicas`. `target_ttft_s`: a time to first token above it asks for more. A need must have lasted for
+    `upscale_delay_s` before replicas are added, and the lack of one for `downscale_delay_s` before any is ended.
     """
 
     engine: EngineConfig
@@ -19,6 +23,11 @@ class ServeConfig:
     http_port: int = 8000
     grpc_port: int = 9000
     num_replicas: int = 1
+    min_replicas: int = 1
+    max_replicas: int | None = None
+    target_ttft_s: float = 1.0
+    upscale_delay_s: float = 5.0
+    downscale_delay_s: float = 300.0
     max_request_s: float = 3600.0
     drain_timeout_s: float = 30.0
 
@@ -30,10 +39,34 @@ class ServeConfig:
             raise ConfigError(f"http_port and grpc_port are both {self.http_port}")
         if self.num_replicas < 1:
             raise ConfigError(f"num_replicas: {self.num_replicas} is less than 1")
+        self._check_autoscaling()
         if not self.max_request_s > 0:
             raise ConfigError(f"max_request_s: {self.max_request_s} is not positive")
         if not self.drain_timeout_s >= 0:
             raise ConfigError(f"drain_timeout_s: {self.drain_timeout_s} is negative")
+
+    def _check_autoscaling(self) -> None:
+        if self.max_replicas is None:
+            if self.min_replicas != 1:
+                raise ConfigError("min_replicas is for a number of replicas that changes; max_replicas is missing")
+            return
+        if self.num_replicas != 1:
+            raise ConfigError(
+                "num_replicas is a fixed number and max_replicas asks for one that changes; leave one out"
+            )
+        if self.max_replicas < 1:
+            raise ConfigError(f"max_replicas: {self.max_replicas} is less than 1")
+        if not 0 <= self.min_replicas <= self.max_replicas:
+            raise ConfigError(f"min_replicas: {self.min_replicas} is not in [0, {self.max_replicas}]")
+        if not self.target_ttft_s > 0:
+            raise ConfigError(f"target_ttft_s: {self.target_ttft_s} is not positive")
+        for name in ("upscale_delay_s", "downscale_delay_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} is negative")
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.num_replicas
 
     @property
     def served_model(self) -> str:

@@ -3,25 +3,33 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 import ray
 from fastapi import FastAPI
+from ray import serve
 
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import build_engine, prepare
 from rayllm.engine.ray_executor import start_ray
 from rayllm.models.weight_version import weight_version
+from rayllm.serve.autoscaling import LOAD, TTFT, replica_load
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
 from rayllm.serve.openai_api import build_http_app
+from rayllm.serve.ray_metrics import RaySink
 from rayllm.serve.service import InferenceService
+
+_PUBLISH_S: Final = 1.0  # Ray's agent reads every few seconds
 
 
 class InferenceReplica(InferenceServicer):
     """Serve calls the gRPC methods by name, asks for the HTTP app once, and checks health."""
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._config = config
         self._engine, service = await asyncio.to_thread(_start, config)
+        service.metrics.export_to(RaySink())
         super().__init__(service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -34,11 +42,26 @@ class InferenceReplica(InferenceServicer):
     async def check_health(self) -> None:
         self._service.check_health()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        load = replica_load(
+            self._service.stats(),
+            max_num_seqs=self._config.engine.scheduler.max_num_seqs,
+            block_size=self._config.engine.cache.block_size,
+        )
+        return {LOAD: load, TTFT: self._service.recent_ttft.seconds()}
+
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Serve ends the app's lifespan once the running requests are answered, or their time is up."""
+        publishing = asyncio.create_task(self._publish())
         yield
+        publishing.cancel()
         await self._engine.close()
+
+    async def _publish(self) -> None:
+        while True:
+            self._service.metrics.publish()
+            await asyncio.sleep(_PUBLISH_S)
 
 
 def _serve_drains_this_replica() -> bool:
@@ -53,6 +76,10 @@ def _start(config: ServeConfig) -> tuple[AsyncEngine, InferenceService]:
     version = weight_version(prepared.checkpoint.directory)
     engine = AsyncEngine(build_engine(prepared, start_ray))
     service = InferenceService(
-        engine, model=config.served_model, weight_version=version, max_request_s=config.max_request_s
+        engine,
+        model=config.served_model,
+        weight_version=version,
+        max_request_s=config.max_request_s,
+        replica=serve.get_replica_context().replica_id.unique_id,
     )
     return engine, service

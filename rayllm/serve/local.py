@@ -91,7 +91,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
     try:
         check_direct_ingress()
         # A logical CPU for each rank and one for what drives them, however few the machine has.
-        with _session(config.num_replicas * (config.engine.parallel.world_size + 1)):
+        with _session(config.most_replicas * (config.engine.parallel.world_size + 1)):
             try:
                 serve.start(http_options=http_options(config), grpc_options=grpc_options(config))
             except ray.exceptions.RayError as error:
@@ -177,6 +177,7 @@ def _environment(directory: Path, config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Serve's controller takes 3 % of a core to look ten times a second at an endpoint that changes by the minute.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(_MAX_GRPC_MESSAGE_BYTES),

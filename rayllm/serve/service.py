@@ -26,8 +26,10 @@ from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import Request, SamplingParams
 from rayllm.engine.async_engine import EngineStats
 from rayllm.engine.outputs import OutputDelta
-from rayllm.serve.metrics import Metrics
+from rayllm.serve.metrics import DURATION, INTER_TOKEN, QUEUE, TIME_TO_FIRST_TOKEN, Metrics
 from rayllm.serve.prompts import Prompt, PromptEncoder
+from rayllm.serve.recent_ttft import RecentTtft
+from rayllm.serve.tracing import Span, generation_span
 
 DEFAULT_MAX_TOKENS = 16  # of a text or token prompt; a chat goes on to the end of its context
 MAX_PROMPTS = 128
@@ -102,19 +104,34 @@ class Generation:
     def request_id(self) -> str:
         return self.call.request_id
 
+    @property
+    def engine_id(self) -> str:
+        """Of this attempt alone."""
+        return self.requests[0].request_id
+
 
 class InferenceService:
     """`model` is the name clients use; `weight_version` says which weights answer. `max_request_s` bounds how long any
-    request may take: the last resort against one whose client is gone without the server hearing of it."""
+    request may take: the last resort against one whose client is gone without the server hearing of it. `replica` tells
+    this replica from others in the metrics."""
 
-    def __init__(self, engine: Engine, *, model: str, weight_version: str, max_request_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        model: str,
+        weight_version: str,
+        max_request_s: float,
+        replica: str | None = None,
+    ) -> None:
         self.model = model
         self.weight_version = weight_version
         self.started = int(time.time())
         self.tokenizer = engine.tokenizer
         self.limits = engine.limits
         self.prompts = PromptEncoder(engine.tokenizer, engine.limits)
-        self.metrics = Metrics(engine.stats)
+        self.metrics = Metrics(engine.stats, lambda: self.weight_version, replica=replica)
+        self.recent_ttft = RecentTtft()
         self._engine = engine
         self._max_request_s = max_request_s
         self._live: dict[str, Generation] = {}
@@ -157,7 +174,7 @@ class InferenceService:
             for request in requests:
                 self.limits.check_resume(request)
         except RayLLMError as error:
-            self.metrics.requests.labels(call.face, error.code).inc()
+            self.metrics.ended(call.face, error.code)
             raise
         return Generation(call=call, created=int(time.time()), arrival=arrival, requests=requests)
 
@@ -167,11 +184,13 @@ class InferenceService:
         Raises RequestExistsError if the id is live, unless this is a later attempt of it, which ends the earlier one.
         """
         self._take_id(generation)
+        self.recent_ttft.arrived(generation.engine_id, generation.arrival)
         outcome = "cancelled"
         try:
-            async with aclosing(self._observed(generation)) as deltas:
-                async for item in deltas:
-                    yield item
+            with generation_span(generation, self.weight_version) as span:
+                async with aclosing(self._observed(generation, span)) as deltas:
+                    async for item in deltas:
+                        yield item
             outcome = "ok"
         except RayLLMError as error:
             outcome = error.code
@@ -182,9 +201,10 @@ class InferenceService:
         finally:
             if self._live.get(generation.request_id) is generation:
                 del self._live[generation.request_id]
+            self.recent_ttft.left(generation.engine_id)
             face = generation.call.face
-            self.metrics.requests.labels(face, outcome).inc()
-            self.metrics.duration.labels(face).observe(time.monotonic() - generation.arrival)
+            self.metrics.ended(face, outcome)
+            self.metrics.observe(DURATION, face, time.monotonic() - generation.arrival)
 
     def abort(self, request_id: str) -> bool:
         """False: no such request is live."""
@@ -210,12 +230,11 @@ class InferenceService:
                 f"the answer was begun by the weights {resume.weight_version[:64]!r}; here are {self.weight_version!r}"
             )
 
-    async def _observed(self, generation: Generation) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+    async def _observed(self, generation: Generation, span: Span) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         usage = generation.usage
         usage.prompt_tokens = sum(len(request.prompt_token_ids) for request in generation.requests)
         usage.completion_tokens = 0 if generation.call.resume is None else generation.call.resume.num_tokens
-        first_token = self.metrics.time_to_first_token.labels(generation.call.face)
-        inter_token = self.metrics.inter_token.labels(generation.call.face)
+        face, metrics = generation.call.face, self.metrics
         last: dict[tuple[int, int], float] = {}
         cached: dict[int, int] = {}
         async with aclosing(_merge([self._engine.generate(request) for request in generation.requests])) as deltas:
@@ -223,9 +242,12 @@ class InferenceService:
                 now = time.monotonic()
                 key = (prompt_index, delta.index)
                 if not last:
-                    first_token.observe(now - generation.arrival)
+                    metrics.observe(TIME_TO_FIRST_TOKEN, face, now - generation.arrival)
+                    metrics.observe(QUEUE, face, delta.queue_s)
+                    self.recent_ttft.answered(generation.engine_id)
+                    span.add_event("first_token")
                 elif key in last:
-                    inter_token.observe(now - last[key])
+                    metrics.observe(INTER_TOKEN, face, now - last[key])
                 last[key] = now
                 usage.completion_tokens += len(delta.token_ids)
                 if delta.num_cached_tokens > cached.get(prompt_index, 0):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -206,8 +207,8 @@ def test_health_reflection_and_metrics(endpoint):
     assert {"rayllm.v1.Inference", "grpc.health.v1.Health"} <= services
     assert endpoint.http.get("/health").status_code == 200
     metrics = endpoint.http.get("/metrics").text
-    assert 'rayllm_requests_total{face="grpc",outcome="cancelled"}' in metrics
-    assert "rayllm_kv_cache_usage 0.0" in metrics
+    assert 'rayllm_requests_total{face="grpc",outcome="cancelled",replica=' in metrics
+    assert re.search(r'^rayllm_kv_cache_usage{replica="\w+"} 0.0$', metrics, re.MULTILINE)
 
 
 def test_ctrl_c_drains_and_leaves_no_process(tiny_model):

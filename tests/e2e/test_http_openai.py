@@ -1,10 +1,14 @@
 """The HTTP face, asked by the unmodified openai client, against the offline engine and the tokenizer."""
 
 import json
+import time
 from pathlib import Path
 
 import openai
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from rayllm.core.config import CacheConfig
 from rayllm.core.types import SamplingParams
@@ -214,3 +218,29 @@ async def test_health_metrics_and_description(server):
     assert "Message" in description["components"]["schemas"]
     body = description["paths"]["/v1/completions"]["post"]["requestBody"]
     assert body["content"]["application/json"]["schema"]["$ref"].endswith("/CompletionRequest")
+
+
+async def test_queue_and_step_times_are_measured_apart(server):
+    before = server.engine.stats()
+    started = time.monotonic()
+    await server.openai.completions.create(model=MODEL, prompt="steps", max_tokens=64, extra_body={"ignore_eos": True})
+    elapsed = time.monotonic() - started
+    after = server.engine.stats()
+    step_s, framework_s = after.step_s - before.step_s, after.framework_s - before.framework_s
+    assert step_s > 0
+    assert framework_s > 0
+    assert step_s + framework_s <= elapsed
+    assert 'rayllm_queue_seconds_count{face="http"}' in (await server.http.get("/metrics")).text
+
+
+async def test_a_generation_is_a_span(server, monkeypatch):
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("rayllm.serve.tracing._tracer", provider.get_tracer("test"))
+    answer = await server.openai.completions.create(model=MODEL, prompt="traced", max_tokens=5)
+    (span,) = exporter.get_finished_spans()
+    assert span.attributes["gen_ai.usage.output_tokens"] == answer.usage.completion_tokens
+    assert span.attributes["rayllm.weight_version"] == WEIGHTS
+    assert [event.name for event in span.events] == ["first_token"]
+    assert "traced" not in str(span.attributes), "no prompts in traces"

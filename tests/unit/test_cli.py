@@ -36,8 +36,10 @@ WORKLOAD = "--requests --input-len --output-len"
 # An option is a promise to keep: adding one means adding it here, with a reason in the commit.
 FROZEN = {
     "": "--version --verbose -v",
-    "serve": f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --shard-recovery-timeout "
-    "--drain-timeout --json",
+    "serve": (
+        f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --min-replicas --max-replicas"
+        " --shard-recovery-timeout --drain-timeout --json"
+    ),
     "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
     "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
     "data": "",
@@ -48,6 +50,7 @@ FROZEN = {
     "eval run": (
         f"model {ENGINE} --tasks --url --num-fewshot --limit --data --output --seed --allow-code-execution --json"
     ),
+    "doctor": "--tp --pp --gpus --address --json",
     "models": "",
     "models list": "--json",
     "models fetch": "name --json",
