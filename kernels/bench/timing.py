@@ -57,7 +57,7 @@ class Figure:
             "tflop_per_s": "" if self.flops is None else f"{self.flops / self.us * 1e-6:.3f}",
             "baseline": self.baseline or "",
             "baseline_us": "" if self.baseline_us is None else f"{self.baseline_us:.2f}",
-            "ratio": "" if self.baseline_us is None else f"{self.baseline_us / self.us:.3f}",
+            "ratio": "" if self.baseline_us is None else f"{self.baseline_us / self.us:.4g}",
         }
 
 
