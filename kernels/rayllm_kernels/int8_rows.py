@@ -1,5 +1,7 @@
 """The compiled loops that make rows int8 on CPU, and find their bounds; `int8_linear` says what they compute."""
 
+from typing import Any
+
 import numpy as np
 
 from rayllm_kernels.blocks import DOT_OFFSET
@@ -59,7 +61,7 @@ def quantize_row(
 ) -> float:
     """-> the scale of row x; int8 to `q`, what `dot_bytes` starts with to `start`. `given`: its bound, 0: found."""
     _widen_row(x, length, is_bf16, columns, num_columns, kept, wide)
-    bound = load_f32(given) if given != 0 else _bound_of_row(wide, length)
+    bound: Any = load_f32(given) if given != 0 else _bound_of_row(wide, length)
     factor = broadcast(np.float32(127.0) / bound if bound > np.float32(1e-30) else np.float32(0.0))
     total = broadcast(np.float32(0.0))  # of integers: exact
     for i in range(0, length, LANES):
