@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rayllm.core.errors import ConfigError
@@ -15,6 +16,8 @@ from rayllm.parallel.fuse import fuse_projections
 from rayllm.parallel.load import load_shard
 from rayllm.parallel.mesh import Mesh
 from rayllm.parallel.pipeline import recv_hidden, send_hidden
+from rayllm.parallel.tensor import W8A8RowParallel
+from rayllm.quant.int8_linear import Int8Linear
 
 CPU = torch.device("cpu")
 
@@ -63,6 +66,21 @@ def forward(
             whole_or_part = model.logits(x)
             logits_TV = whole_or_part if mesh.tp_rank == 0 else None
     return RankReport(checkpoint.num_read, sum(one.numel() for one in model.parameters()), logits_TV)
+
+
+@torch.inference_mode()
+def w8a8_row_parallel(x_TK: Tensor, whole: Int8Linear) -> Tensor:
+    """The output of `whole`, which has outlier columns and no bias, when each rank of the world holds a part of K."""
+    mesh = Mesh.from_world(dist.get_world_size(), 1)
+    assert mesh.tp_group is not None
+    size = whole.in_features // mesh.tp_size
+    first = mesh.tp_rank * size
+    mine_J = (whole.outlier_columns >= first) & (whole.outlier_columns < first + size)
+    linear = Int8Linear(size, whole.out_features, scheme="w8a8", bias=False, outliers=True)
+    linear.set_weight(whole.weight[:, first : first + size].contiguous(), whole.weight_scale)
+    linear.set_outliers(whole.outlier_columns[mine_J] - first, whole.outlier_weight[:, mine_J])
+    output: Tensor = W8A8RowParallel(linear, mesh.tp_group)(x_TK[:, first : first + size].contiguous())
+    return output
 
 
 def mesh_refusal(tp: int, pp: int) -> str:

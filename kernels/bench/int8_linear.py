@@ -55,8 +55,8 @@ def _configurations(
 ) -> Iterator[tuple[str, Callable[[int], object]]]:
     from rayllm_kernels.gpu import int8_linear as gpu
 
-    q, x_scale, kept = gpu.quantize_rows(x, None)
-    yield "quantize rows alone", lambda i: gpu.quantize_rows(x, None)
+    q, x_scale, kept = gpu.quantize_rows(x, None, None)
+    yield "quantize rows alone", lambda i: gpu.quantize_rows(x, None, None)
     for tiles in next(choices for most, choices in gpu.W8A8.items() if len(x) <= most):
         yield (
             f"w8a8 alone {_name(tiles)}",

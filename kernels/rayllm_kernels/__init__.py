@@ -15,6 +15,8 @@ from rayllm_kernels.fused_linear_cross_entropy import (
 from rayllm_kernels.int8_linear import (
     quantize_rows,
     quantize_rows_reference,
+    row_bounds,
+    row_bounds_reference,
     w8a8_linear,
     w8a8_linear_reference,
     w8a16_linear,
@@ -60,6 +62,8 @@ __all__ = [
     "rms_norm_reference",
     "rotary_store_kv",
     "rotary_store_kv_reference",
+    "row_bounds",
+    "row_bounds_reference",
     "silu_mul",
     "silu_mul_reference",
     "store_kv",

@@ -9,6 +9,9 @@ Mixed outlier columns as in LLM.int8() (Dettmers et al. 2022): the columns J of 
 integers (they count as zero there, so what the int8 weight holds in them does not matter), and their products with
 weights of 16 bits are added in float32 before the bias. A row of x with NaN or an infinity gives no finite output.
 
+A row's scale is its bound, the largest magnitude without the outlier columns, / 127. Whoever holds a part of each row
+only can have its bounds from `row_bounds`, and give those of the whole rows: the integers are then those of the whole.
+
 Letters: T rows of x, K its length, N outputs, J outlier columns. No gradients. Whoever holds the model decides which
 columns; nothing here knows of checkpoints.
 """
@@ -25,8 +28,8 @@ from rayllm_kernels.int8_products import (
     multiply_bytes_kernel,
     multiply_widened_kernel,
     multiply_widened_tiles_kernel,
-    quantize_rows_kernel,
 )
+from rayllm_kernels.int8_rows import quantize_rows_kernel, row_bounds_kernel
 from rayllm_kernels.native import empty
 
 MAX_LENGTH = 2**31 // (127 * 255)  # of a row: longer sums may not fit 32 bits
@@ -36,10 +39,18 @@ _INT8, _FLOAT32 = torch.empty(0, dtype=torch.int8), torch.empty(0)  # what `empt
 _BYTES_PER_TASK = 1 << 17  # of weights, about: 10 microseconds of reading
 
 
-def quantize_rows_reference(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The contract of `quantize_rows` in plain torch, on any device."""
+def row_bounds_reference(x: Tensor, outlier_columns_J: Tensor | None = None) -> Tensor:
+    """The contract of `row_bounds` in plain torch, on any device."""
+    x_TK = x.reshape(-1, x.shape[-1])
+    if outlier_columns_J is not None:
+        x_TK = x_TK.index_fill(1, outlier_columns_J.long(), 0)
+    return x_TK.abs().amax(dim=-1, keepdim=True).float()
+
+
+def quantize_rows_reference(x_TK: Tensor, row_bound_T1: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The contract of `quantize_rows` in plain torch, on any device. `row_bound_T1`: as in `w8a8_linear`."""
     wide = x_TK.float()
-    bound_T1 = wide.abs().amax(dim=-1, keepdim=True)
+    bound_T1 = row_bounds_reference(x_TK) if row_bound_T1 is None else row_bound_T1
     factor_T1 = torch.where(bound_T1 > _TINY, torch.full_like(bound_T1, 127.0) / bound_T1, 0.0)
     return (wide * factor_T1).round().nan_to_num().to(torch.int8), bound_T1 / 127.0
 
@@ -52,6 +63,7 @@ def w8a8_linear_reference(
     *,
     outlier_columns_J: Tensor | None = None,
     outlier_weight_NJ: Tensor | None = None,
+    row_bound_T1: Tensor | None = None,
 ) -> Tensor:
     """The contract of `w8a8_linear` in plain torch, on any device and for any shape."""
     x_TK = x.reshape(-1, x.shape[-1])
@@ -59,7 +71,7 @@ def w8a8_linear_reference(
     if outlier_columns_J is not None:
         kept_TJ = x_TK[:, outlier_columns_J]
         x_TK = x_TK.index_fill(1, outlier_columns_J.long(), 0)
-    q_TK, scale_T1 = quantize_rows_reference(x_TK)
+    q_TK, scale_T1 = quantize_rows_reference(x_TK, row_bound_T1)
     out_TN = _integer_product(q_TK, weight_NK).float() * scale_T1 * scale_N1.float().T
     if kept_TJ is not None and outlier_weight_NJ is not None:
         out_TN += kept_TJ.float() @ outlier_weight_NJ.float().T
@@ -86,12 +98,40 @@ def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     if on_triton("quantize_rows", x_TK):
         from rayllm_kernels.gpu import int8_linear as gpu
 
-        q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), None)
+        q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), None, None)
         return q_TK, scale_T1
     if not _compiled(x_TK):
         return quantize_rows_reference(x_TK)
-    q_TK, scale_T1, _ = _quantize(x_TK, None)
+    q_TK, scale_T1, _ = _quantize(x_TK, None, None)
     return q_TK, scale_T1
+
+
+def row_bounds(x: Tensor, outlier_columns_J: Tensor | None = None) -> Tensor:
+    """x [..., K] float -> the largest magnitude of each row [T, 1] float32, NaN where the row has one.
+
+    `outlier_columns_J` int32 do not count.
+    """
+    length = x.shape[-1]
+    rows = x.numel() // length
+    columns = _none_if_empty(outlier_columns_J)
+    if rows > 0 and on_triton("row_bounds", x):
+        from rayllm_kernels.gpu import int8_linear as gpu
+
+        bound: Tensor = gpu.row_bounds(x.reshape(rows, length).contiguous(), columns)
+        return bound
+    if not _compiled(x):
+        return row_bounds_reference(x, columns)
+    bound_T1 = empty((rows, 1), _FLOAT32)
+    row_bounds_kernel(
+        rows,
+        x.data_ptr(),
+        bound_T1.data_ptr(),
+        0 if columns is None else columns.data_ptr(),
+        length,
+        x.dtype == torch.bfloat16,
+        0 if columns is None else len(columns),
+    )
+    return bound_T1
 
 
 def w8a8_linear(
@@ -102,26 +142,33 @@ def w8a8_linear(
     *,
     outlier_columns_J: Tensor | None = None,
     outlier_weight_NJ: Tensor | None = None,
+    row_bound_T1: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] float -> [..., N] in its dtype, x made int8 on the way.
 
     `outlier_columns_J` int32, each at most once; `outlier_weight_NJ` bfloat16, quickest as the transpose of a
-    contiguous [J, N].
+    contiguous [J, N]. `row_bound_T1`, contiguous float32: not less than `row_bounds` of x, which None stands for.
     """
     outputs, length = weight_NK.shape
     assert length <= MAX_LENGTH, f"{length} products may not fit 32 bits"
     rows = x.numel() // length
-    columns = outlier_columns_J if outlier_columns_J is not None and outlier_columns_J.numel() > 0 else None
+    columns = _none_if_empty(outlier_columns_J)
     weight_JN = None if columns is None or outlier_weight_NJ is None else outlier_weight_NJ.t().contiguous()
     if rows > 0 and on_triton("w8a8_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
-        q_TK, scale_T1, kept_TJ = gpu.quantize_rows(x.reshape(rows, length), columns)
+        q_TK, scale_T1, kept_TJ = gpu.quantize_rows(x.reshape(rows, length).contiguous(), columns, row_bound_T1)
         product: Tensor = gpu.w8a8_product(q_TK, scale_T1, weight_NK, scale_N1, bias_N, kept_TJ, weight_JN)
         return product.view(*x.shape[:-1], outputs)
     if not _compiled(x, weight_NK, scale_N1, bias_N):
         return w8a8_linear_reference(
-            x, weight_NK, scale_N1, bias_N, outlier_columns_J=columns, outlier_weight_NJ=outlier_weight_NJ
+            x,
+            weight_NK,
+            scale_N1,
+            bias_N,
+            outlier_columns_J=columns,
+            outlier_weight_NJ=outlier_weight_NJ,
+            row_bound_T1=row_bound_T1,
         )
     out = empty((*x.shape[:-1], outputs), x)
     limits = int8_limits()
@@ -137,12 +184,15 @@ def w8a8_linear(
             length,
             per_task,
             x.dtype == torch.bfloat16,
+            0 if row_bound_T1 is None else row_bound_T1.data_ptr(),
         )
         return out
     x_parts, out_parts = x.view(rows, length), out.view(rows, outputs)
     for first in range(0, rows, _ROWS):
         part = slice(first, first + _ROWS)
-        q_TK, scale_T1, kept_TJ = _quantize(x_parts[part], columns)
+        q_TK, scale_T1, kept_TJ = _quantize(
+            x_parts[part], columns, None if row_bound_T1 is None else row_bound_T1[part]
+        )
         kept = 0 if kept_TJ is None else kept_TJ.data_ptr()
         finish = _epilogue(out_parts[part], scale_N1, bias_N, weight_JN)
         if limits.tiles and outputs % 32 == 0:
@@ -227,7 +277,11 @@ def _compiled(
     )
 
 
-def _quantize(x_TK: Tensor, columns_J: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _none_if_empty(columns_J: Tensor | None) -> Tensor | None:
+    return columns_J if columns_J is not None and columns_J.numel() > 0 else None
+
+
+def _quantize(x_TK: Tensor, columns_J: Tensor | None, bound_T1: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """-> int8 [T, K], scales [T, 1], the columns that it left out [T, J] float32."""
     rows, length = x_TK.shape
     q_TK = empty((rows, length), _INT8)
@@ -243,6 +297,7 @@ def _quantize(x_TK: Tensor, columns_J: Tensor | None) -> tuple[Tensor, Tensor, T
         length,
         x_TK.dtype == torch.bfloat16,
         0 if columns_J is None else len(columns_J),
+        0 if bound_T1 is None else bound_T1.data_ptr(),
     )
     return q_TK, scale_T1, kept_TJ
 

@@ -1,8 +1,8 @@
 """The compiled loops behind `int8_linear` on CPU; what they compute is said there.
 
-W8A8: integer sums in vectors (VNNI where the processor has it) or AMX tiles, then one epilogue for 16 outputs at a
-time that both share, so that a row of x gives bitwise the same by either. W8A16: weights widened on their way, to
-float32 in vectors, to bfloat16 (which holds every int8) for the tiles. Letters as there.
+W8A8: integer sums of rows that `int8_rows` made, in vectors (VNNI where the processor has it) or AMX tiles, then one
+epilogue for 16 outputs at a time that both share, so that a row of x gives bitwise the same by either. W8A16: weights
+widened on their way, to float32 in vectors, to bfloat16 (which holds every int8) for the tiles. Letters as there.
 """
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from rayllm_kernels.amx import load_tile_config, release_tiles
 from rayllm_kernels.blocks import (
     CACHE_LINE,
-    DOT_OFFSET,
     STRIPE,
     TILE,
     dot_bytes,
@@ -21,6 +20,7 @@ from rayllm_kernels.blocks import (
     sum_stripe_int8,
 )
 from rayllm_kernels.dispatch import int8_limits
+from rayllm_kernels.int8_rows import quantize_row
 from rayllm_kernels.native import Kernel, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -36,19 +36,12 @@ from rayllm_kernels.simd import (
     load_f32_from_bf16,
     load_f32_from_i32,
     load_i8,
-    load_i32,
-    max_abs,
-    max_abs_lanes,
     mul,
     prefetch_to_write,
-    rint,
     store,
     store_bf16,
     store_bf16_exact,
     store_f32,
-    store_i8,
-    store_i32,
-    sum_lanes,
     transpose,
 )
 
@@ -56,63 +49,6 @@ BLOCK = 4  # rows of x whose sums the vector products keep in registers
 _LINE = 64  # bytes of the cache, and of the vectors that multiply integers
 _GATHERED = 8  # tiles of x from which on it pays to gather 32 weight rows first
 _DEPTH = 512  # bytes of 32 weight rows and of 32 rows of x that stay in the first-level cache together
-
-
-@inlined
-def _quantize_row(
-    x: int, length: int, is_bf16: int, columns: int, num_columns: int, kept: int, wide: int, q: int, start: int
-) -> float:
-    """-> the scale of row x; int8 to `q`, what `dot_bytes` starts with to `start`.
-
-    The `num_columns` columns (int32) that the product takes in 16 bits go to `kept` and count as zero.
-    """
-    for i in range(0, length, LANES):
-        store(wide + 4 * i, load_bf16(x + 2 * i) if is_bf16 else load(x + 4 * i))
-    for j in range(num_columns):
-        place = wide + 4 * load_i32(columns + 4 * j)
-        store_f32(kept + 4 * j, load_f32(place))
-        store_f32(place, np.float32(0.0))
-    largest = broadcast(np.float32(0.0))
-    for i in range(0, length, LANES):
-        largest = max_abs(largest, load(wide + 4 * i))
-    bound = max_abs_lanes(largest)
-    factor = broadcast(np.float32(127.0) / bound if bound > np.float32(1e-30) else np.float32(0.0))
-    total = broadcast(np.float32(0.0))  # of integers: exact
-    for i in range(0, length, LANES):
-        rounded = rint(mul(load(wide + 4 * i), factor))
-        store_i8(q + i, rounded)
-        total = add(total, rounded)
-    store(start, broadcast(np.float32(0.0)))
-    store_i32(start, np.int32(-DOT_OFFSET * np.int64(sum_lanes(total))))
-    return bound / np.float32(127.0)  # type: ignore[no-any-return]
-
-
-def _quantize_rows(block: int) -> None:
-    """Kernel: task = one row."""
-    x, q, scale, kept, columns = (
-        integer(block, 0),
-        integer(block, 1),
-        integer(block, 2),
-        integer(block, 3),
-        integer(block, 4),
-    )
-    length, is_bf16, num_columns = integer(block, 5), integer(block, 6), integer(block, 7)
-    scratch = np.empty(length + LANES, np.float32)
-    wide = scratch.ctypes.data
-    item = 2 if is_bf16 else 4
-    task = next_task(block)
-    while task >= 0:
-        row = x + task * length * item
-        place = kept + 4 * task * num_columns
-        value = _quantize_row(
-            row, length, is_bf16, columns, num_columns, place, wide, q + task * length, wide + 4 * length
-        )
-        store_f32(scale + 4 * task, value)
-        task = next_task(block)
-    scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
-
-
-quantize_rows_kernel = Kernel(_quantize_rows, integers=8, parallel_from=8)
 
 
 # The first 8 integers of all products are the epilogue's: scale_N (float32), bias_N in the dtype of out (0: none), out,
@@ -160,6 +96,7 @@ def _multiply_bytes(block: int) -> None:
     is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
     x, weight, columns, rows = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
     length, outputs_per_task, x_is_bf16 = integer(block, 12), integer(block, 13), integer(block, 14)
+    bounds = integer(block, 15)
     side = 1 if rows == 1 else BLOCK
     padded = (rows + side - 1) // side * side
     # float32 row, rows' scales, columns kept, 16 int32 starts a row, sums of a block; then bytes
@@ -173,7 +110,7 @@ def _multiply_bytes(block: int) -> None:
     q = (sums + _LINE * BLOCK + _LINE - 1) // _LINE * _LINE
     pitch = length * (2 if x_is_bf16 else 4)
     for m in range(rows):
-        value = _quantize_row(
+        value = quantize_row(
             x + m * pitch,
             length,
             x_is_bf16,
@@ -183,6 +120,7 @@ def _multiply_bytes(block: int) -> None:
             wide,
             q + m * length,
             starts + _LINE * m,
+            bounds + 4 * m if bounds != 0 else 0,
         )
         store_f32(scales + 4 * m, value)
     task = next_task(block)
@@ -217,7 +155,7 @@ def _multiply_bytes(block: int) -> None:
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
 
 
-multiply_bytes_kernel = Kernel(_multiply_bytes, integers=15)
+multiply_bytes_kernel = Kernel(_multiply_bytes, integers=16)
 
 
 @inlined

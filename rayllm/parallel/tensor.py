@@ -1,7 +1,8 @@
 """Tensor parallel: a model whose parameters are already this rank's slices gets the collectives that make it whole.
 
-For serving: the collectives have no gradient. One all-reduce after each attention and each MLP, one after the
-embedding, one gather of the logits; nothing else. Letters: T tokens, D hidden, V vocabulary.
+For serving: the collectives have no gradient. One all-reduce after each attention and each MLP, for W8A8 a small one
+before their last product, one after the embedding, one gather of the logits; nothing else. Letters: T tokens, D hidden,
+V vocabulary, K inputs of a rank's slice.
 """
 
 import torch
@@ -12,6 +13,8 @@ from torch.distributed import ProcessGroup
 from rayllm.models.decoder import Decoder
 from rayllm.parallel.mesh import Mesh
 from rayllm.parallel.plan import Style, local_vocab_size, style_of
+from rayllm.quant.int8_linear import Int8Linear
+from rayllm_kernels import row_bounds
 
 
 class RowParallel(nn.Module):
@@ -25,9 +28,26 @@ class RowParallel(nn.Module):
         self._group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.linear(x)
+        output = self._product(x)
         dist.all_reduce(output, group=self._group)
         return output if self.bias is None else output + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        output: Tensor = self.linear(x)
+        return output
+
+
+class W8A8RowParallel(RowParallel):
+    """Every rank rounds its slice of a row to the steps of the whole row, so the integers are those of one rank."""
+
+    linear: Int8Linear
+
+    def _product(self, x_TK: Tensor) -> Tensor:
+        bound_T1 = row_bounds(x_TK, self.linear.outlier_columns)
+        # The order of magnitudes is that of their bits, with NaN above all, which a maximum of floats may lose
+        dist.all_reduce(bound_T1.view(torch.int32), dist.ReduceOp.MAX, group=self._group)
+        output: Tensor = self.linear(x_TK, bound_T1)
+        return output
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -77,7 +97,9 @@ def add_collectives(model: Decoder, mesh: Mesh) -> None:
         match style_of(name):
             case Style.ROW:
                 assert isinstance(module, nn.Linear)
-                model.set_submodule(name, RowParallel(module, mesh.tp_group))
+                is_w8a8 = isinstance(module, Int8Linear) and module.scheme == "w8a8"
+                wrap = W8A8RowParallel if is_w8a8 else RowParallel
+                model.set_submodule(name, wrap(module, mesh.tp_group))
             case Style.VOCAB if isinstance(module, nn.Embedding):
                 first = mesh.tp_rank * local_vocab_size(model.spec, mesh.tp_size)
                 model.embed_tokens = VocabParallelEmbedding(module, first, mesh.tp_group)

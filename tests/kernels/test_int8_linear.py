@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayllm_kernels import quantize_rows, quantize_rows_reference, w8a8_linear, w8a16_linear
+from rayllm_kernels import (
+    quantize_rows,
+    quantize_rows_reference,
+    row_bounds,
+    row_bounds_reference,
+    w8a8_linear,
+    w8a8_linear_reference,
+    w8a16_linear,
+)
 from rayllm_kernels.amx import amx_problem
 from rayllm_kernels.dispatch import Int8Limits, int8_limits
 
@@ -164,6 +172,61 @@ def test_quantize_rows(dtype: torch.dtype) -> None:
     assert (q.abs().amax(1)[[0, 1, 2, 4]] == 127).all()
     assert (q[3] == 0).all()
     assert ((q * scale).double() - x.double()).abs().le(0.5001 * scale.double()).all()
+
+
+def check_slices(case: Case, width: int, *, mixed: bool, loss: float) -> None:
+    """Slices of rows under the whole rows' bounds, against integers and scales of the whole rows in float64."""
+    rest = case.x.index_fill(1, case.columns.long(), 0) if mixed else case.x
+    q, x_scale = quantize_rows_reference(rest)
+    bound, found = rest.abs().amax(1, keepdim=True).float(), []
+    for first in range(0, case.x.shape[1], width):
+        part = slice(first, first + width)
+        mine = (case.columns >= first) & (case.columns < first + width)
+        columns, outlier_weight = case.columns[mine] - first, case.outlier_weight[:, mine]
+        x, weight = case.x[:, part].contiguous(), case.weight[:, part].contiguous()
+        exact = (q[:, part].double() @ weight.double().T) * x_scale.double() * case.scale.double().T
+        settings: dict[str, Tensor] = {}
+        if mixed:
+            exact += x[:, columns].double() @ outlier_weight.double().T
+            settings = {"outlier_columns_J": columns, "outlier_weight_NJ": outlier_weight}
+        found.append(row_bounds(x, columns if mixed else None))
+        assert torch.equal(found[-1], row_bounds_reference(x, columns if mixed else None))
+        result = w8a8_linear(x, weight, case.scale, **settings, row_bound_T1=bound)
+        torch.testing.assert_close(result.double(), exact, rtol=loss, atol=2**-21 * exact.abs().max().item())
+        own = w8a8_linear(x, weight, case.scale, **settings, row_bound_T1=found[-1])
+        assert torch.equal(own, w8a8_linear(x, weight, case.scale, **settings))
+    assert torch.equal(torch.cat(found, 1).amax(1, keepdim=True), bound)
+
+
+@torch.inference_mode()
+@every_loop
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_of_rows_with_the_bounds_of_the_whole(loop: str, dtype: torch.dtype) -> None:
+    for rows, mixed in pairs([1, 2, 4, 5, 16, 17, 130, 600], [False, True]):  # the loops take 512 rows at a time
+        case = make(rows, 96, 576, dtype)
+        check_slices(case, 192, mixed=mixed, loss=2**-8 if dtype == torch.bfloat16 else 1e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_slices_that_only_torch_serves(dtype: torch.dtype) -> None:
+    for mixed in (False, True):
+        case = make(5, 7, 75, dtype)
+        check_slices(case, 25, mixed=mixed, loss=1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@torch.inference_mode()
+def test_the_bound_of_a_row_with_nan_or_infinity_elsewhere_spoils_it() -> None:
+    case = make(5, 32, 128, torch.float32)
+    case.x[1, 5], case.x[2, 6] = torch.nan, torch.inf
+    bound = row_bounds(case.x)
+    assert torch.equal(bound.isnan().squeeze(1), torch.tensor([False, True, False, False, False]))
+    assert torch.equal(bound.isinf().squeeze(1), torch.tensor([False, False, True, False, False]))
+    x, weight = case.x[:, 64:].contiguous(), case.weight[:, 64:].contiguous()
+    for product in (w8a8_linear, w8a8_linear_reference):
+        result = product(x, weight, case.scale, row_bound_T1=bound)
+        assert not result[1:3].isfinite().any()
+        assert result[[0, 3, 4]].isfinite().all()
 
 
 @torch.inference_mode()

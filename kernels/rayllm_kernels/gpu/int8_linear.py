@@ -14,6 +14,7 @@ from torch import Tensor
 from rayllm_kernels.gpu.int8_linear_kernels import (
     join_splits_kernel,
     quantize_rows_kernel,
+    row_bounds_kernel,
     w8a8_kernel,
     w8a16_kernel,
 )
@@ -71,8 +72,36 @@ def tiles_for(table: dict[int, tuple[Tiles, ...]], rows: int) -> Tiles:
     return next(tiles[0] for most, tiles in table.items() if rows <= most)
 
 
+@torch.library.custom_op("rayllm::row_bounds", mutates_args=())
+def row_bounds(x_TK: Tensor, columns_J: Tensor | None) -> Tensor:
+    """-> float32 [T, 1]."""
+    rows, length = x_TK.shape
+    bound_T1 = x_TK.new_empty((rows, 1), dtype=torch.float32)
+    block = triton.next_power_of_2(length)
+    row_bounds_kernel[(rows,)](
+        x_TK,
+        x_TK if columns_J is None else columns_J,
+        bound_T1,
+        length,
+        0 if columns_J is None else columns_J.numel(),
+        BLOCK_K=block,
+        OUTLIERS=columns_J is not None,
+        num_warps=_warps_of_row(block),
+    )
+    return bound_T1
+
+
+@row_bounds.register_fake
+def _(x_TK: Tensor, columns_J: Tensor | None) -> Tensor:
+    return x_TK.new_empty((x_TK.shape[0], 1), dtype=torch.float32)
+
+
+def _warps_of_row(block: int) -> int:
+    return min(max(block // 1024, 4), 32)
+
+
 @torch.library.custom_op("rayllm::quantize_rows", mutates_args=())
-def quantize_rows(x_TK: Tensor, columns_J: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x_TK: Tensor, columns_J: Tensor | None, bound_T1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """-> int8 [T, K], scales [T, 1], what the columns J hold [T, J] in the dtype of x (J may be 0)."""
     rows, length = x_TK.shape
     count = 0 if columns_J is None else columns_J.numel()
@@ -85,17 +114,19 @@ def quantize_rows(x_TK: Tensor, columns_J: Tensor | None) -> tuple[Tensor, Tenso
         scale_T1,
         columns_J if count else x_TK,
         kept_TJ,
+        scale_T1 if bound_T1 is None else bound_T1,
         length,
         count,
         BLOCK_K=block,
         BLOCK_J=triton.next_power_of_2(count) if count else 0,
-        num_warps=min(max(block // 1024, 4), 32),
+        GIVEN=bound_T1 is not None,
+        num_warps=_warps_of_row(block),
     )
     return q_TK, scale_T1, kept_TJ
 
 
 @quantize_rows.register_fake
-def _(x_TK: Tensor, columns_J: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_TK: Tensor, columns_J: Tensor | None, bound_T1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, count = x_TK.shape[0], 0 if columns_J is None else columns_J.numel()
     q_TK, scale_T1 = x_TK.new_empty(x_TK.shape, dtype=torch.int8), x_TK.new_empty((rows, 1), dtype=torch.float32)
     return q_TK, scale_T1, x_TK.new_empty((rows, count))
@@ -295,12 +326,34 @@ def _spec_w8a16(tiles: Tiles, *, split: bool) -> Spec:
     )
 
 
-def _spec_quantize(*, outliers: bool) -> Spec:
-    pointers = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32", "columns_ptr": "*i32", "kept_ptr": "*bf16"}
-    constexprs: dict[str, object] = {"BLOCK_K": 4096, "BLOCK_J": 16 if outliers else 0}
+def _spec_quantize(*, outliers: bool, given: bool) -> Spec:
+    pointers = {
+        "x_ptr": "*bf16",
+        "q_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "columns_ptr": "*i32",
+        "kept_ptr": "*bf16",
+        "bound_ptr": "*fp32",
+    }
+    constexprs: dict[str, object] = {"BLOCK_K": 4096, "BLOCK_J": 16 if outliers else 0, "GIVEN": given}
     return Spec(
-        name=f"quantize_rows_4096{'_mixed' * outliers}",
+        name=f"quantize_rows_4096{'_mixed' * outliers}{'_given' * given}",
         kernel=quantize_rows_kernel,
+        signature=pointers | {"K": "i32", "J": "i32"} | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        aligned=(*pointers, "K"),
+        num_warps=4,
+        num_stages=1,
+        expects=frozenset(),
+    )
+
+
+def _spec_bounds(*, outliers: bool) -> Spec:
+    pointers = {"x_ptr": "*bf16", "columns_ptr": "*i32", "bound_ptr": "*fp32"}
+    constexprs: dict[str, object] = {"BLOCK_K": 4096, "OUTLIERS": outliers}
+    return Spec(
+        name=f"row_bounds_4096{'_mixed' * outliers}",
+        kernel=row_bounds_kernel,
         signature=pointers | {"K": "i32", "J": "i32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*pointers, "K"),
@@ -331,7 +384,8 @@ def _specs() -> list[Spec]:
     return [
         *(_spec_w8a8(tiles, outliers=outliers) for tiles in w8a8 for outliers in (False, True)),
         *(_spec_w8a16(tiles, split=split) for tiles, split in w8a16),
-        *(_spec_quantize(outliers=outliers) for outliers in (False, True)),
+        *(_spec_quantize(outliers=outliers, given=given) for outliers in (False, True) for given in (False, True)),
+        *(_spec_bounds(outliers=outliers) for outliers in (False, True)),
         _spec_join(),
     ]
 

@@ -26,31 +26,65 @@ def to_int8(x: tl.tensor, bound: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _load_row(
+    x_ptr: tl.tensor,
+    columns_ptr: tl.tensor,
+    row: tl.tensor,
+    k: tl.tensor,
+    K: tl.tensor,
+    J: tl.tensor,
+    OUTLIERS: tl.constexpr,
+) -> tl.tensor:
+    """In float32, zero past its end and in the J outlier columns."""
+    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    if OUTLIERS:
+        for one in range(J):
+            x = tl.where(k == tl.load(columns_ptr + one), 0.0, x)
+    return x
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr: tl.tensor,
     q_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     columns_ptr: tl.tensor,
     kept_ptr: tl.tensor,
+    bound_ptr: tl.tensor,
     K: tl.tensor,
     J: tl.tensor,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    GIVEN: tl.constexpr,
 ) -> None:
-    """A program for each row. BLOCK_J 0: no outlier columns."""
+    """A program for each row. BLOCK_J 0: no outlier columns. GIVEN: its bound is read, not found."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    x = _load_row(x_ptr, columns_ptr, row, k, K, J, BLOCK_J > 0)
     if BLOCK_J > 0:
         j = tl.arange(0, BLOCK_J)
         column = tl.load(columns_ptr + j, mask=j < J, other=0)
         kept = tl.load(x_ptr + row * K + column, mask=j < J, other=0.0)
         tl.store(kept_ptr + row * J + j, kept, mask=j < J)
-        for one in range(J):
-            x = tl.where(k == tl.load(columns_ptr + one), 0.0, x)
-    bound = largest_magnitude(x, 0)
+    bound = tl.load(bound_ptr + row) if GIVEN else largest_magnitude(x, 0)
     tl.store(q_ptr + row * K + k, to_int8(x, bound), mask=k < K)
     tl.store(scale_ptr + row, bound / 127.0)
+
+
+@triton.jit
+def row_bounds_kernel(
+    x_ptr: tl.tensor,
+    columns_ptr: tl.tensor,
+    bound_ptr: tl.tensor,
+    K: tl.tensor,
+    J: tl.tensor,
+    BLOCK_K: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+) -> None:
+    """A program for each row."""
+    row = tl.program_id(0).to(tl.int64)
+    x = _load_row(x_ptr, columns_ptr, row, tl.arange(0, BLOCK_K), K, J, OUTLIERS)
+    tl.store(bound_ptr + row, largest_magnitude(x, 0))
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rayllm_kernels import quantize_rows, quantize_rows_reference, w8a8_linear, w8a16_linear
+from rayllm_kernels import quantize_rows, quantize_rows_reference, row_bounds, w8a8_linear, w8a16_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SHAPES = [(1, 96, 576), (16, 4096, 4096), (33, 1056, 640), (64, 256, 1024), (200, 320, 1536), (1024, 4096, 4096)]
@@ -52,3 +52,32 @@ def test_quantize_rows() -> None:
     torch.testing.assert_close(scale, expected_scale, rtol=2**-22, atol=0)
     assert (q.int() - expected_q.int()).abs().max() <= 1
     assert (q != expected_q).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_slices_of_rows_with_the_bounds_of_the_whole(count: int) -> None:
+    """Three slices add up to the whole: the same integers, and float32 sums."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 3072, device="cuda")
+    weight = torch.randint(-127, 128, (256, 3072), dtype=torch.int8, device="cuda")
+    scale = torch.rand(256, 1, device="cuda") / 100
+    columns = torch.randperm(3072, device="cuda")[:count].int()
+    outlier_weight = torch.randn(count, 256, device="cuda").bfloat16().t()
+    x[:, columns.long()] *= 30
+    bound = row_bounds(x, columns)
+    assert torch.equal(bound, x.index_fill(1, columns.long(), 0).abs().amax(1, keepdim=True))
+    parts = []
+    for first in range(0, 3072, 1024):
+        mine = (columns >= first) & (columns < first + 1024)
+        parts.append(
+            w8a8_linear(
+                x[:, first : first + 1024],
+                weight[:, first : first + 1024].contiguous(),
+                scale,
+                outlier_columns_J=columns[mine] - first,
+                outlier_weight_NJ=outlier_weight[:, mine],
+                row_bound_T1=bound,
+            )
+        )
+    whole = w8a8_linear(x, weight, scale, outlier_columns_J=columns, outlier_weight_NJ=outlier_weight)
+    torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-5, atol=1e-3)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rayllm_kernels.gpu import int8_linear as gpu
 from rayllm_kernels.gpu.int8_linear import Tiles
-from rayllm_kernels.int8_linear import quantize_rows_reference
+from rayllm_kernels.int8_linear import quantize_rows_reference, row_bounds_reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SMALL = Tiles(t=16, n=32, k=64, num_warps=4, num_stages=1)
@@ -26,7 +26,7 @@ def make(rows: int, outputs: int, length: int, dtype: torch.dtype) -> tuple[Tens
 def test_quantize_rows(dtype: torch.dtype, length: int) -> None:
     x = make(5, 1, length, dtype)[0]
     x[2] = 0
-    q, scale, kept = gpu.quantize_rows(x, None)
+    q, scale, kept = gpu.quantize_rows(x, None, None)
     expected_q, expected_scale = quantize_rows_reference(x)
     assert torch.equal(q, expected_q)
     torch.testing.assert_close(scale, expected_scale, rtol=2**-23, atol=0)
@@ -34,12 +34,34 @@ def test_quantize_rows(dtype: torch.dtype, length: int) -> None:
     if length > 3:
         columns = torch.tensor([length - 1, 0, 3], dtype=torch.int32)
         x[:, columns] *= 30
-        q, scale, kept = gpu.quantize_rows(x, columns)
+        q, scale, kept = gpu.quantize_rows(x, columns, None)
         rest = x.index_fill(1, columns.long(), 0)
         assert torch.equal(q, quantize_rows_reference(rest)[0])
         assert torch.equal(kept, x[:, columns])
     x[1, 0] = torch.nan
-    assert gpu.quantize_rows(x, None)[1].isnan().squeeze().tolist() == [False, True, False, False, False]
+    assert gpu.quantize_rows(x, None, None)[1].isnan().squeeze().tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_slices_of_rows_with_the_bounds_of_the_whole(dtype: torch.dtype, mixed: bool) -> None:
+    x, columns = make(5, 1, 75, dtype)[0], torch.tensor([70, 0, 3, 24, 25], dtype=torch.int32)
+    x[2] = 0
+    x[:, columns] *= 30
+    rest = x.index_fill(1, columns.long(), 0) if mixed else x
+    whole_q, whole_scale = quantize_rows_reference(rest)
+    whole_bound = row_bounds_reference(rest)
+    for first in (0, 25, 50):
+        part = x[:, first : first + 25].contiguous()
+        mine = columns[(columns >= first) & (columns < first + 25)] - first if mixed else None
+        assert torch.equal(gpu.row_bounds(part, mine), row_bounds_reference(part, mine))
+        q, scale, kept = gpu.quantize_rows(part, mine, whole_bound)
+        assert torch.equal(q, whole_q[:, first : first + 25])
+        torch.testing.assert_close(scale, whole_scale, rtol=2**-23, atol=0)
+        assert torch.equal(kept, part[:, :0] if mine is None else part[:, mine])
+    x[1, 0] = torch.nan
+    assert gpu.row_bounds(x, None).isnan().squeeze().tolist() == [False, True, False, False, False]
+    assert gpu.quantize_rows(x[:, 1:].contiguous(), None, gpu.row_bounds(x, None))[1].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,7 +71,7 @@ def test_w8a8(dtype: torch.dtype, rows: int, outputs: int, length: int, count: i
     x, weight, scale, bias = make(rows, outputs, length, dtype)
     columns = torch.randperm(length)[:count].int() if count else None
     outlier_weight = torch.randn(count, outputs).bfloat16() if count else None
-    q, x_scale, kept = gpu.quantize_rows(x, columns)
+    q, x_scale, kept = gpu.quantize_rows(x, columns, None)
     for b in (None, bias):
         result = gpu.launch_w8a8(q, x_scale, weight, scale, b, kept, outlier_weight, SMALL)
         product = (q.double() @ weight.double().T) * x_scale.double() * scale.double().T
@@ -75,7 +97,7 @@ def test_w8a16(dtype: torch.dtype, rows: int, outputs: int, length: int, splits:
 
 def test_rows_past_the_end_are_not_written() -> None:
     x, weight, scale, _ = make(3, 32, 64, torch.float32)
-    q, x_scale, kept = gpu.quantize_rows(x, None)
+    q, x_scale, kept = gpu.quantize_rows(x, None, None)
     whole = torch.full((5, 32), torch.nan)
     gpu.w8a8_kernel[(1,)](
         q, weight, x_scale, scale, whole, kept, whole, whole, 3, 32, 64, 0,
@@ -88,7 +110,10 @@ def test_rows_past_the_end_are_not_written() -> None:
 def test_ops_have_the_shapes_that_their_fakes_say() -> None:
     x, weight, scale, bias = make(3, 7, 50, torch.float32)
     columns = torch.tensor([4, 9], dtype=torch.int32)
-    torch.library.opcheck(gpu.quantize_rows, (x, columns), test_utils=("test_schema", "test_faketensor"))
-    q, x_scale, kept = gpu.quantize_rows(x, columns)
+    torch.library.opcheck(gpu.row_bounds, (x, columns), test_utils=("test_schema", "test_faketensor"))
+    bound = gpu.row_bounds(x, columns)
+    torch.library.opcheck(gpu.quantize_rows, (x, columns, None), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(gpu.quantize_rows, (x, columns, bound), test_utils=("test_schema", "test_faketensor"))
+    q, x_scale, kept = gpu.quantize_rows(x, columns, None)
     arguments = (q, x_scale, weight, scale, bias, kept, torch.randn(2, 7).bfloat16())
     torch.library.opcheck(gpu.w8a8_product, arguments, test_utils=("test_schema", "test_faketensor"))
