@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # brings torch
 EXAMPLES = """
 Example: `rayllm parity smollm2-135m --tp 1,3 --pp 1,2 --dtype float32`
 
-Example: `rayllm parity runs/sft/checkpoints/final --int8 --prompts prompts.txt --json`
+Example: `rayllm parity runs/sft/checkpoints/step-00001000 --int8 --prompts prompts.txt --json`
 """
 
 
