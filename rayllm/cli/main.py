@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from rayllm.cli import chat, data, data_show, doctor, eval_report, generate, models, plan, quantize, serve, train
+from rayllm.cli import (
+    chat,
+    data,
+    data_show,
+    doctor,
+    eval_report,
+    generate,
+    models,
+    parity,
+    plan,
+    quantize,
+    serve,
+    train,
+)
 from rayllm.cli import eval as evaluation
 from rayllm.cli.bench import app as bench
 from rayllm.cli.console import note, set_up_logging
@@ -34,6 +47,7 @@ app.add_typer(evaluation.app, name="eval")
 data.app.command("show", epilog=data_show.EXAMPLES)(data_show.show)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
+app.command("parity", epilog=parity.EXAMPLES)(parity.parity)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 

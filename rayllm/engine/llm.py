@@ -101,6 +101,11 @@ class LLM:
         """The answer to one conversation, by the tokenizer's own chat template."""
         return self.generate(self.tokenizer.chat(messages), sampling_params)[0]
 
+    @property
+    def preemptions(self) -> int:
+        """How many times a sequence has given its KV blocks to another, to be computed anew."""
+        return self._engine.scheduler.preemptions
+
     def close(self) -> None:
         self._closed = True
         self._engine.close()
