@@ -95,9 +95,9 @@ BACKWARD_Q: Table = {
     128: (_tma(128, 64, 8, 2), _tma(128, 64, 8, 3), _tma(64, 64, 4, 2)),
     256: (_tma(64, 16, 8, 2),),
 }
-# Other devices and head sizes: at most 99 KB of shared memory, which every device from sm_80 on has.
-PORTABLE = _pointers(64, 32, 4, 2)
-_PORTABLE_256 = _pointers(32, 32, 4, 1)
+# Other devices and head sizes, up to 128 and above: at most 99 KB of shared memory, which all from sm_80 on have.
+_PORTABLE = (_pointers(64, 32, 4, 2), _pointers(32, 32, 4, 1))
+_PORTABLE_KV = (_pointers(16, 64, 8, 2), _pointers(16, 32, 4, 1))
 
 
 def tiling(table: Table, x_THE: Tensor) -> Tiling:
@@ -105,7 +105,12 @@ def tiling(table: Table, x_THE: Tensor) -> Tiling:
     head_dim = x_THE.shape[2]
     if x_THE.is_cuda and head_dim in table and torch.cuda.get_device_capability(x_THE.device) == (9, 0):
         return table[head_dim][0]
-    return PORTABLE if head_dim <= 128 else _PORTABLE_256
+    return _portable(table, head_dim)
+
+
+def _portable(table: Table, head_dim: int) -> Tiling:
+    narrow, wide = _PORTABLE_KV if table is BACKWARD_KV else _PORTABLE
+    return narrow if head_dim <= 128 else wide
 
 
 def _tile_type(dtype: str, rows: int, head_dim: int, tma: bool) -> str:
@@ -136,6 +141,8 @@ def _spec(
     types |= dict.fromkeys(("q_starts_B1", "k_starts_B1"), "*i32")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
     mask = "window" if window else "causal" if causal else "full"
+    owned = tile.block_n if kernel is flash_attention_dkdv_kernel else tile.block_m
+    expects = {"wgmma": owned >= 64, "tma": tile.tma, "setmaxnreg": tile.warp_specialize}
     return Spec(
         name=f"flash_attention {part} E{head_dim} {dtype} {mask} {tile}",
         kernel=kernel,
@@ -144,8 +151,7 @@ def _spec(
         aligned=tuple(name for name, kind in signature.items() if kind[0] == "*" or name.endswith("_stride")),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        expects=frozenset({"wgmma"} | ({"tma"} if tile.tma else set()))
-        | ({"setmaxnreg"} if tile.warp_specialize else set()),
+        expects=frozenset(name for name, expected in expects.items() if expected),
     )
 
 
@@ -177,6 +183,7 @@ def _specs() -> list[Spec]:
             specs.append(_spec(part, kernel, shipped, head_dim=head_dim, causal=False))
             specs.append(_spec(part, kernel, shipped, head_dim=head_dim, window=True))
             specs.append(_spec(part, kernel, shipped, head_dim=head_dim, dtype="fp16"))
+        specs += [_spec(part, kernel, _portable(table, head_dim), head_dim=head_dim) for head_dim in (32, 128, 256)]
     specs += [_delta_spec(head_dim, "bf16", of_lse=False) for head_dim in FORWARD]
     return [*specs, _delta_spec(128, "bf16", of_lse=True), _delta_spec(128, "fp16", of_lse=False)]
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rayllm_kernels.gpu.flash_attention import Pattern, attend, backward, forward
-from rayllm_kernels.gpu.flash_attention_configs import PORTABLE, Tiling
+from rayllm_kernels.gpu.flash_attention_configs import BACKWARD_KV, FORWARD, Tiling, tiling
 from tests.kernels.flash_cases import RAGGED, Case, check, dense, make_case
 
 # numpy says what a GPU does silently with rows that nobody owns, whose results are not stored.
@@ -44,7 +44,8 @@ def test_head_layouts(head_dim: int, heads: int, kv_heads: int, tile: Tiling) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype) -> None:
-    check_all(make_case(RAGGED, dtype=dtype), PORTABLE)
+    case = make_case(RAGGED, dtype=dtype)
+    check_all(case, tiling(FORWARD, case.q), tiling(BACKWARD_KV, case.q))
 
 
 @pytest.mark.parametrize("lengths", [[(16, 16), (32, 32)], [(15, 64), (17, 31)]])
