@@ -297,13 +297,13 @@ def _spec_w8a8(tiles: Tiles, *, outliers: bool) -> Spec:
     )
 
 
-def _spec_w8a16(tiles: Tiles, *, split: bool) -> Spec:
+def _spec_w8a16(tiles: Tiles, *, split: bool, dtype: str = "bf16") -> Spec:
     pointers = {
-        "x_ptr": "*bf16",
+        "x_ptr": f"*{dtype}",
         "weight_ptr": "*i8",
         "scale_ptr": "*fp32",
-        "bias_ptr": "*bf16",
-        "out_ptr": "*fp32" if split else "*bf16",
+        "bias_ptr": f"*{dtype}",
+        "out_ptr": "*fp32" if split else f"*{dtype}",
     }
     constexprs: dict[str, object] = {
         "BLOCK_T": tiles.t,
@@ -315,7 +315,8 @@ def _spec_w8a16(tiles: Tiles, *, split: bool) -> Spec:
     }
     numbers = ("T", "N", "K", "K_PER_SPLIT")
     return Spec(
-        name=f"w8a16_{tiles.t}x{tiles.n}x{tiles.k}_w{tiles.num_warps}_s{tiles.num_stages}{'_split' * split}",
+        name=f"w8a16_{tiles.t}x{tiles.n}x{tiles.k}_w{tiles.num_warps}_s{tiles.num_stages}{'_split' * split}"
+        f"{'' if dtype == 'bf16' else f'_{dtype}'}",
         kernel=w8a16_kernel,
         signature=pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
@@ -384,6 +385,8 @@ def _specs() -> list[Spec]:
     return [
         *(_spec_w8a8(tiles, outliers=outliers) for tiles in w8a8 for outliers in (False, True)),
         *(_spec_w8a16(tiles, split=split) for tiles, split in w8a16),
+        *(_spec_w8a16(tiles_for(W8A16, most), split=most <= _SPLIT_ROWS, dtype="fp16") for most in W8A16),
+        *(_spec_w8a16(_FLOAT32, split=split, dtype="fp32") for split in (False, True)),
         *(_spec_quantize(outliers=outliers, given=given) for outliers in (False, True) for given in (False, True)),
         *(_spec_bounds(outliers=outliers) for outliers in (False, True)),
         _spec_join(),

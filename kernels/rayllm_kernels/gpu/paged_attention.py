@@ -72,7 +72,7 @@ INT8_PREFILL = {
     256: (_prefill(128, 16, 8, 7), _prefill(64, 16, 4, 5)),
 }
 # 32-bit products run on the ordinary cores; it is there for checks, not for speed.
-_FLOAT32 = Config(block_m=16, tile=32, num_warps=4, num_stages=1)
+_FLOAT32 = Config(block_m=16, tile=16, num_warps=4, num_stages=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,27 +282,25 @@ def supports(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: T
 
 
 def _spec(
-    name: str, config: Config, *, decode: bool, head_dim: int, group: int = 4, int8: bool = False, window: bool = False
+    name: str,
+    config: Config,
+    *,
+    decode: bool,
+    head_dim: int,
+    int8: bool = False,
+    window: bool = False,
+    dtype: str = "bf16",
 ) -> Spec:
-    """`attend_kernel` for 8 kv heads and pages of 16 tokens, q in bfloat16."""
-    problem = Problem(
-        config=config,
-        kv_heads=8,
-        group=group,
-        head_dim=head_dim,
-        page=16,
-        window=window,
-        int8=int8,
-        decode=decode,
-    )
-    cache, scales = ("*i8", "*fp32") if int8 else ("*bf16", "constexpr")
+    """`attend_kernel` for pages of 16 tokens and 8 kv heads, each of which 4 query heads share; q in `dtype`."""
+    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=int8, window=window)
+    cache, scales = ("*i8", "*fp32") if int8 else (f"*{dtype}", "constexpr")
     pointers = {
-        "q": "*bf16",
+        "q": f"*{dtype}",
         "k_cache": cache,
         "v_cache": cache,
         "k_scales": scales,
         "v_scales": scales,
-        "out": "*bf16",
+        "out": f"*{dtype}",
     }
     pointers |= {"partial_out": "*fp32", "partial_lse": "*fp32"}
     pointers |= dict.fromkeys(("tables", "rows", "starts", "contexts"), "*i32")
@@ -317,7 +315,37 @@ def _spec(
         aligned=(*(name for name in pointers if name not in constexprs), *strides),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        expects=frozenset() if decode else frozenset({"wgmma"}),
+        expects=frozenset() if decode or dtype == "fp32" else frozenset({"wgmma"}),
+    )
+
+
+def _spec_join(config: Config, *, decode: bool, head_dim: int) -> Spec:
+    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=False, window=False)
+    pointers = {"out": "*bf16", "partial_out": "*fp32", "partial_lse": "*fp32", "starts": "*i32", "contexts": "*i32"}
+    constexprs = problem.join_constexprs()
+    scalars = dict.fromkeys(("window", "num_sequences", "max_items"), "i32")
+    return Spec(
+        name=f"paged_attention join {'decode' if decode else 'prefill'} E{head_dim}",
+        kernel=join_kernel,
+        signature=pointers | scalars | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        aligned=tuple(pointers),
+        num_warps=4,
+        num_stages=3,  # what a launch that names none gets
+        expects=frozenset(),
+    )
+
+
+def _shipped(config: Config, *, decode: bool, head_dim: int, int8: bool, window: bool) -> Problem:
+    return Problem(
+        config=config,
+        kv_heads=8,
+        group=4,
+        head_dim=head_dim,
+        page=16,
+        window=window,
+        int8=int8,
+        decode=decode,
     )
 
 
@@ -333,6 +361,10 @@ def _specs() -> list[Spec]:
             first = configs_for(head_dim, decode=decode, int8=int8)[0]
             name = f"{kind} {'int8 ' if int8 else ''}window"
             specs.append(_spec(name, first, decode=decode, head_dim=head_dim, int8=int8, window=True))
+        first = configs_for(head_dim, decode=decode, int8=False)[0]
+        for config, dtype in ((first, "fp16"), (_FLOAT32, "fp32")):
+            specs.append(_spec(f"{kind} {dtype}", config, decode=decode, head_dim=head_dim, dtype=dtype))
+        specs.append(_spec_join(first, decode=decode, head_dim=head_dim))
     for decode in (True, False):
         for head_dim in (80, 96):
             kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
