@@ -156,9 +156,7 @@ def test_command_line(file: Path, tmp_path: Path) -> None:
     assert "step 3/3  loss" in result.stderr
 
 
-def test_preferences_are_learnt_from_the_command_line_and_served(
-    file: Path, tmp_path: Path, tiny_model: Path
-) -> None:
+def test_preferences_are_learnt_from_the_command_line_and_served(file: Path, tmp_path: Path, tiny_model: Path) -> None:
     """To answer with one word and not with another, whatever the question; half of the run after a new start."""
     rows = [{"prompt": f"{n * 7919 % 1000}", "chosen": " cat", "rejected": " dog"} for n in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -174,9 +172,7 @@ def test_preferences_are_learnt_from_the_command_line_and_served(
     command = [sys.executable, "-m", "rayllm", "train", "dpo", "--config", str(file), "--json"]
     for steps in (6, 12):
         settings_of_run = [f"--set={one}" for one in (*changes, f"schedule.steps={steps}")]
-        result = subprocess.run(
-            [*command, *settings_of_run], capture_output=True, text=True, timeout=120, check=False
-        )
+        result = subprocess.run([*command, *settings_of_run], capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr
         assert f"step {steps}/{steps}  loss" in result.stderr
         assert "margin" in result.stderr
@@ -195,7 +191,14 @@ def test_preferences_are_learnt_from_the_command_line_and_served(
 
 
 def _preference(model: Path) -> float:
-    """By how many nats the engine prefers the one answer to the other, after a prompt that nobody trained on."""
+    """By how many nats the engine prefers the one answer to the other, after a question that nobody trained on."""
+    question = "12345"
     with LLM(str(model), dtype="float32", cache=CacheConfig(cpu_memory_bytes=64 << 20)) as llm:
-        cat, dog = (_log_prob(llm, "12345", answer) for answer in (" cat", " dog"))
+        first = len(llm.tokenizer.encode(question))
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=first)
+        outputs = llm.generate([f"{question} cat", f"{question} dog"], params)
+    cat, dog = (
+        math.fsum(token.logprob for token in (output.prompt_logprobs or [])[first:] if token is not None)
+        for output in outputs
+    )
     return cat - dog
