@@ -21,7 +21,6 @@ from rayllm.train.objective import Loss
 from rayllm.train.trainee import Trainee
 
 
-@torch.no_grad()
 def answer_logps(trainee: Trainee, mesh: TrainMesh, dataset: PackedDataset, rows: int) -> Reference:
     """On every rank; the same on all of them. `rows`: pairs that a rank takes at a time."""
     batches = deal(np.arange(len(dataset)), micro_batch_size=rows, rank=mesh.data_rank, num_ranks=mesh.layout.data)
@@ -29,7 +28,9 @@ def answer_logps(trainee: Trainee, mesh: TrainMesh, dataset: PackedDataset, rows
     objective, trainee.objective = trainee.objective, (answers := _Answers())
     try:
         for samples in batches:
-            _forward(trainee, mesh, dataset.micro_batch(samples.tolist()).to(mesh.device))
+            # Without gradients DTensor gives blocks tensors that are still on their way, which kernels cannot read.
+            with torch.set_grad_enabled(mesh.layout.tensor > 1):
+                _forward(trainee, mesh, dataset.micro_batch(samples.tolist()).to(mesh.device))
             if mesh.stage.is_last_stage:
                 sums[0, samples], sums[1, samples] = answers.found.chosen_P.double(), answers.found.rejected_P.double()
     finally:
@@ -51,7 +52,7 @@ class _Answers:
         return num_pairs(batch)
 
     def loss(self, hidden_TD: Tensor, head: Head, batch: MicroBatch) -> Loss:
-        self.found = pair_logps(head.log_probs(hidden_TD, batch.targets_T), batch)
+        self.found = pair_logps(head.log_probs(hidden_TD, batch.targets_T).detach(), batch)
         return Loss(total=hidden_TD.new_zeros(()), measures_K=hidden_TD.new_zeros(0))
 
 
@@ -66,4 +67,4 @@ def _forward(trainee: Trainee, mesh: TrainMesh, batch: MicroBatch) -> None:
         dist.recv(x, group=group, group_src=mesh.pp_rank - 1)
     x = trainee(x, torch.tensor(0))
     if not mesh.stage.is_last_stage:
-        dist.send(x, group=group, group_dst=mesh.pp_rank + 1)
+        dist.send(x.detach(), group=group, group_dst=mesh.pp_rank + 1)
