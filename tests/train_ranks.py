@@ -11,13 +11,15 @@ from torch.distributed.tensor import DTensor
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.train.batch import MicroBatch
 from rayllm.train.checkpoint import Checkpointer
-from rayllm.train.config import CheckpointConfig, LayoutConfig, ModelConfig, OptimizerConfig
+from rayllm.train.config import CheckpointConfig, LayoutConfig, ModelConfig, OptimizerConfig, TrainConfig
 from rayllm.train.initial import stored_weights
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import NextToken
+from rayllm.train.recipes import RECIPES
 from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.step import StepReport, TrainStep
 from rayllm.train.trainee import build_trainee
+from rayllm.train.trainer import train as train_run
 
 CPU = torch.device("cpu")
 
@@ -28,7 +30,12 @@ class Trained:
     weights: dict[str, Tensor]  # whole; in a pipeline those of the rank's stage
 
 
-def make_step(directory: Path, layout: LayoutConfig, optimizer: OptimizerConfig, **model: Any) -> TrainStep:
+def make_step(
+    directory: Path,
+    layout: LayoutConfig,
+    optimizer: OptimizerConfig,
+    **model: Any,
+) -> TrainStep:
     mesh, checkpoint = TrainMesh(layout, CPU), Checkpoint.open(directory)
     config = ModelConfig(start=str(directory), **model)
     objective = NextToken()
@@ -86,3 +93,8 @@ def train_with_checkpoint(
             checkpointer.save(TrainState(step=number, loss=reports[-1].loss, cursor={"sample": number}))
     checkpointer.close()
     return Trained(reports, {name: whole(one) for name, one in step.trainee.decoder.named_parameters()})
+
+
+def run_recipe(recipe: str, config: TrainConfig) -> None:
+    """A whole run, as a worker of Ray goes through it."""
+    train_run(config, RECIPES[recipe], CPU)

@@ -22,6 +22,9 @@ Example: `rayllm train pretrain --config pretrain.toml --set optimizer.learning_
 SFT_EXAMPLES = """
 Example: `rayllm train sft --config sft.toml --set layout.shard=4`
 """
+DPO_EXAMPLES = """
+Example: `rayllm train dpo --config dpo.toml --set dpo.beta=0.3 --set dpo.loss=ipo_mean`
+"""
 _NOTE_S = 10.0
 
 app = typer.Typer(
@@ -60,6 +63,16 @@ def sft(config: Config, settings: Settings = None, address: Address = None, as_j
     Run again, it goes on from the run's last checkpoint. Each checkpoint is a model directory to serve or evaluate.
     """
     _train("sft", config, settings, address, as_json=as_json)
+
+
+@app.command("dpo", epilog=DPO_EXAMPLES)
+def dpo(config: Config, settings: Settings = None, address: Address = None, as_json: Json = False) -> None:
+    """Learn from preference pairs which answers are the better ones.
+
+    The start model is the reference; what it says of the answers is computed before the first step and kept in the run.
+    Run again, it goes on from the run's last checkpoint. Each checkpoint is a model directory to serve or evaluate.
+    """
+    _train("dpo", config, settings, address, as_json=as_json)
 
 
 def _train(recipe: str, file: Path, settings: list[str] | None, address: str | None, *, as_json: bool) -> None:
@@ -106,8 +119,10 @@ def _shown(config: "TrainConfig") -> "Iterator[Callable[[Progress], None]]":
 def _line(progress: "Progress") -> str:
     minutes, seconds = divmod(round(progress.seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
+    measures = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in progress.measures.items())
     return (
-        f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+        f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}{measures}"
+        f"  {progress.tokens_per_second:,.0f} tokens/s"
         f"  gradient {progress.grad_norm:.3g}  rate {progress.learning_rate:.2e}"
         f"  memory {format_bytes(progress.memory_bytes)}  left {hours}:{minutes:02}:{seconds:02}"
     )

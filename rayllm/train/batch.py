@@ -83,6 +83,19 @@ class MicroBatch:
         targets_BS[:, :-1] = self.token_ids[:, 1:].masked_fill(~self.loss_mask[:, 1:], IGNORE)
         return targets_BS.flatten()
 
+    def padded(self, length: int, longest: int) -> "MicroBatch":
+        """The same in rows of `length` tokens, filled with documents of at most `longest` that teach nothing."""
+        assert not self.document_values, "what is known of documents is not known of those that pad"
+        rows, missing = len(self.document_lengths), length - self.token_ids.shape[1]
+        full, rest = divmod(missing, longest)
+        padding = (longest,) * full + ((rest,) if rest else ())
+        return replace(
+            self,
+            token_ids=torch.cat([self.token_ids, self.token_ids.new_zeros(rows, missing)], 1),
+            loss_mask=torch.cat([self.loss_mask, self.loss_mask.new_zeros(rows, missing)], 1),
+            document_lengths=tuple((*lengths, *padding) for lengths in self.document_lengths),
+        )
+
     def to(self, device: torch.device) -> "MicroBatch":
         return replace(
             self,

@@ -13,6 +13,7 @@ from rayllm.parallel import plan
 
 ScheduleKind = Literal["constant", "cosine", "wsd"]
 DType = Literal["float32", "bfloat16"]
+PreferenceLoss = Literal["sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "simpo"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,10 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
     """`tokens` of one optimizer step over all ranks, padding included, in rows of `sequence_length`; a rank takes
-    `rows` of them at a time. How often it does (gradient accumulation) follows from the layout."""
+    `rows` of them at a time. How often it does (gradient accumulation) follows from the layout.
+
+    Of preference pairs a row is a pair, whose two sequences are of at most `sequence_length` tokens each: a step takes
+    `tokens / sequence_length` pairs, however long they are."""
 
     sequence_length: int
     tokens: int
@@ -160,6 +164,17 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DpoConfig:
+    """What preference pairs are learnt by; `rayllm.train.losses.dpo` says what each of these means and which go
+    together."""
+
+    loss: PreferenceLoss = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """`run`: the folder that takes checkpoints and metrics; on a cluster one that all nodes share. A run that is
     started again goes on from its last checkpoint. `restarts`: how often it does so by itself where a worker is lost.
@@ -173,6 +188,7 @@ class TrainConfig:
     schedule: ScheduleConfig
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     restarts: int = 3
 
     def __post_init__(self) -> None:

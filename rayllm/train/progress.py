@@ -5,8 +5,10 @@ one process writes.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -18,16 +20,18 @@ _FLUSH_S = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """After `step` of `steps`. `tokens`: those that the step's loss was taken over, on all ranks; tokens_per_second:
-    all tokens of the step, padding too, by the wall clock; `memory_bytes`: the most that rank 0 has held, on the GPU
-    where there is one; `pid`: rank 0's process."""
+    """After `step` of `steps`. `measures`: what the recipe tells of a step beside its loss; each is a column of its own
+    in metrics.parquet. `count`: the targets or pairs that the step's loss was taken over, on all ranks;
+    `tokens_per_second`: all tokens of the step, padding too, by the wall clock; `memory_bytes`: the most that rank 0
+    has held, on the GPU where there is one; `pid`: rank 0's process."""
 
     step: int
     steps: int
     loss: float
+    measures: Mapping[str, float]
     grad_norm: float
     learning_rate: float
-    tokens: int
+    count: int
     tokens_per_second: float
     seconds: float
     memory_bytes: int
@@ -57,7 +61,7 @@ class ProgressWriter:
         """Metrics to the disk; also done now and then by `add`."""
         if self._rows:
             sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist([asdict(row) for row in self._rows]), sink)
+            pq.write_table(pa.Table.from_pylist([_flat(row) for row in self._rows]), sink)
             _replace(self._run / METRICS, sink.getvalue().to_pybytes())
         self._flushed = time.monotonic()
 
@@ -65,7 +69,7 @@ class ProgressWriter:
 def read_metrics(run: Path) -> list[Progress]:
     """All steps that are on the disk."""
     path = run / METRICS
-    return [Progress(**row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+    return [_of_flat(row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
 
 
 def read_progress(run: Path) -> Progress | None:
@@ -74,6 +78,18 @@ def read_progress(run: Path) -> Progress | None:
         return msgspec.json.decode((run / _PROGRESS).read_bytes(), type=Progress)
     except FileNotFoundError:
         return None
+
+
+def _flat(progress: Progress) -> dict[str, Any]:
+    row = asdict(progress)
+    measures = row.pop("measures")
+    return {**row, **measures}
+
+
+def _of_flat(row: dict[str, Any]) -> Progress:
+    own = {field.name for field in fields(Progress)}
+    measures = {name: row.pop(name) for name in list(row) if name not in own}
+    return Progress(**row, measures=measures)
 
 
 def _replace(path: Path, content: bytes) -> None:

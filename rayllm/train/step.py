@@ -5,7 +5,7 @@ micro-batch, the sum of gradients over the ranks, their norm, clipping, AdamW. L
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,13 @@ from rayllm.train.trainee import Trainee
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """The same on every rank. `count`: by what the loss was divided. `grad_norm`: before clipping."""
+    """The same on every rank. `count`: by what the loss and the measures were divided; `tokens`: all of the step,
+    padding too; `grad_norm`: before clipping."""
 
     loss: float
+    measures: Mapping[str, float]
     count: int
+    tokens: int
     grad_norm: float
     learning_rate: float
 
@@ -57,11 +60,13 @@ class TrainStep:
         finite; the weights are then what they were before.
         """
         batches = [batch.to(self.mesh.device) for batch in batches]
-        count = self._total(sum(map(self._objective.count, batches)))
+        count, tokens = self._totals(
+            sum(map(self._objective.count, batches)), sum(batch.token_ids.numel() for batch in batches)
+        )
         if count == 0:
             raise DataError("nothing to learn from in a whole step: the loss mask of every sample is empty")
         self.trainee.begin(batches, count)
-        loss = self._total_loss(self._pass(batches))
+        loss, measures = self._total_loss(self._pass(batches), count)
         with torch.no_grad():
             gradients = self.optimizer.collect()
             add_tied_gradients(self.optimizer, self._spec, self.mesh)
@@ -71,7 +76,7 @@ class TrainStep:
             if self._max_grad_norm and norm > self._max_grad_norm:
                 torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ of torch does
             rate = self.optimizer.step(rate_share)
-        return StepReport(loss=loss, count=count, grad_norm=norm, learning_rate=rate)
+        return StepReport(loss=loss, measures=measures, count=count, tokens=tokens, grad_norm=norm, learning_rate=rate)
 
     def _pass(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Forward and backward of all micro-batches; -> this rank's part of the loss, 0 before the last stage."""
@@ -89,8 +94,11 @@ class TrainStep:
             total += loss.detach()
         return total
 
-    def _total(self, count: int) -> int:
-        return int(self.mesh.sum(torch.tensor(count, device=self.mesh.device), "shard", "replicate"))
+    def _totals(self, *counts: int) -> list[int]:
+        totals: list[int] = self.mesh.sum(torch.tensor(counts, device=self.mesh.device), "shard", "replicate").tolist()
+        return totals
 
-    def _total_loss(self, part: Tensor) -> float:
-        return float(self.mesh.sum(part, "shard", "replicate", "pipeline"))
+    def _total_loss(self, part: Tensor, count: int) -> tuple[float, dict[str, float]]:
+        parts = torch.cat([part[None], self.trainee.measures_K])
+        loss, *sums = self.mesh.sum(parts, "shard", "replicate", "pipeline").tolist()
+        return loss, {name: one / count for name, one in zip(self._objective.measures, sums, strict=True)}

@@ -41,10 +41,14 @@ class Trainee(nn.Module):
         self._tp_group = mesh.group("tensor") if mesh.layout.tensor > 1 else None
         self._batches: Sequence[MicroBatch] = ()
         self._count = 1
+        self._device = mesh.device
+        self.measures_K = torch.zeros(0)
 
     def begin(self, batches: Sequence[MicroBatch], count: int) -> None:
-        """The micro-batches of one step, and by how much its loss is divided."""
+        """The micro-batches of one step, and by how much its loss is divided. `measures_K` will be the sums of the
+        objective's measures over those that went through this rank."""
         self._batches, self._count = batches, count
+        self.measures_K = torch.zeros(len(self.objective.measures), dtype=torch.float64, device=self._device)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         """`x`: token ids of any shape on the first stage, else the hidden states [T, D] of the stage before; `index`,
@@ -56,7 +60,9 @@ class Trainee(nn.Module):
         hidden_TD: Tensor = self.decoder(x, batch.positions_T, DenseContext(batch.cu_seqlens))
         if self.decoder.lm_head is None:
             return hidden_TD
-        return self.objective.loss(hidden_TD, self._head(), batch) / self._count
+        loss = self.objective.loss(hidden_TD, self._head(), batch)
+        self.measures_K += loss.measures_K
+        return loss.total / self._count
 
     def _head(self) -> Head:
         assert self.decoder.lm_head is not None

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.families import spec_from_config
 from rayllm.models.hub import resolve_model
 from rayllm.models.spec import DecoderSpec
+from rayllm.train.batch import MicroBatch
 from rayllm.train.checkpoint import Checkpointer
-from rayllm.train.config import TrainConfig, check_layout
+from rayllm.train.config import DpoConfig, TrainConfig, check_layout
 from rayllm.train.data.cursor import Cursor
 from rayllm.train.data.dataset import PackedDataset
 from rayllm.train.data.loader import Loader
@@ -29,16 +31,24 @@ from rayllm.train.progress import Progress, ProgressWriter
 from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.schedule import rate_share
 from rayllm.train.step import StepReport, TrainStep
-from rayllm.train.trainee import build_trainee
+from rayllm.train.trainee import Trainee, build_trainee
+
+# The start model's directory and its data, before workers start.
+Check = Callable[[TrainConfig, Path, PackedDataset], None]
+# On every rank, before the first step and before a checkpoint is restored -> what is done to each micro-batch.
+Prepare = Callable[[TrainConfig, Path, PackedDataset, Trainee, TrainMesh], Callable[[MicroBatch], MicroBatch]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What distinguishes one command from another: the data it reads, and what is minimised."""
+    """What distinguishes one command from another: the data it reads, what is minimised, what it refuses beside what
+    all do, and what its micro-batches need to know that is not in the data."""
 
     name: str
     kind: Kind
-    objective: Objective
+    objective: Callable[[TrainConfig], Objective]
+    check: Check = lambda config, directory, dataset: None
+    prepare: Prepare = lambda config, directory, dataset, trainee, mesh: lambda batch: batch
 
 
 def check(config: TrainConfig, recipe: Recipe) -> None:
@@ -63,6 +73,9 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     if not len(dataset):
         raise DataError(f"{config.data.path}: holds no rows")
     dataset.check_tokenizer(Tokenizer.load(directory))
+    if recipe.kind is not Kind.PREFERENCE and config.dpo != DpoConfig():
+        raise ConfigError(f"dpo: {recipe.name} has no use for it; only `rayllm train dpo` has")
+    recipe.check(config, directory, dataset)
 
 
 def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
@@ -72,8 +85,9 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     directory = resolve_model(config.model.start)
     mesh = TrainMesh(config.layout, device)
     spec, weights = _start(config, directory)
-    trainee = build_trainee(spec, weights, recipe.objective, mesh, config.model)
-    step = TrainStep(trainee, recipe.objective, mesh, config.optimizer)
+    objective = recipe.objective(config)
+    trainee = build_trainee(spec, weights, objective, mesh, config.model)
+    step = TrainStep(trainee, objective, mesh, config.optimizer)
     checkpointer = Checkpointer(run, directory, step, mesh, config.checkpoint, config.model.save_dtype)
     dataset = PackedDataset(Path(config.data.path))
     loader = Loader(
@@ -83,6 +97,7 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         rank=mesh.data_rank,
         num_ranks=config.layout.data,
     )
+    prepare = recipe.prepare(config, directory, dataset, trainee, mesh)
     done, cursor = 0, Cursor(seed=config.data.seed)
     saved = SavedRun(run).latest()
     if saved is not None:
@@ -91,7 +106,7 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     writer = ProgressWriter(run, done) if dist.get_rank() == 0 else None
     while done < config.schedule.steps:
         started = time.monotonic()
-        report = step(list(loader.step(cursor)), rate_share(done, config.schedule))
+        report = step(list(map(prepare, loader.step(cursor))), rate_share(done, config.schedule))
         done, cursor = done + 1, loader.after_step(cursor)
         if writer is not None:
             writer.add(_progress(config, done, report, time.monotonic() - started, device))
@@ -128,10 +143,11 @@ def _progress(config: TrainConfig, step: int, report: StepReport, seconds: float
         step=step,
         steps=config.schedule.steps,
         loss=report.loss,
+        measures=report.measures,
         grad_norm=report.grad_norm,
         learning_rate=report.learning_rate,
-        tokens=report.count,
-        tokens_per_second=config.batch.tokens / seconds,
+        count=report.count,
+        tokens_per_second=report.tokens / seconds,
         seconds=seconds,
         memory_bytes=memory,
         pid=os.getpid(),

@@ -1,6 +1,7 @@
 """A run on Ray Train: it learns, what it saves is served, and a worker that is killed costs at most an interval."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -153,3 +154,51 @@ def test_command_line(file: Path, tmp_path: Path) -> None:
     assert answer["checkpoint"].endswith("step-00000003")
     assert answer["step"] == 3
     assert "step 3/3  loss" in result.stderr
+
+
+def test_preferences_are_learnt_from_the_command_line_and_served(file: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """To answer with one word and not with another, whatever the question; half of the run after a new start."""
+    rows = [{"prompt": f"{n * 7919 % 1000}", "chosen": " cat", "rejected": " dog"} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = PackSettings(kind=Kind.PREFERENCE, sequence_length=LENGTH)
+    pack(
+        prepare([tmp_path / "pairs.jsonl"], tmp_path / "pairs", tiny_model, settings),
+        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
+    )
+    changes = [
+        *(f"data.path={tmp_path / 'pairs'}", "model.random=false", f"batch.tokens={8 * LENGTH}", "batch.rows=2"),
+        *("layout.shard=2", "optimizer.learning_rate=1e-3", "schedule.kind=constant", "dpo.beta=0.2"),
+    ]
+    command = [sys.executable, "-m", "rayllm", "train", "dpo", "--config", str(file), "--json"]
+    for steps in (6, 12):
+        settings_of_run = [f"--set={one}" for one in (*changes, f"schedule.steps={steps}")]
+        result = subprocess.run([*command, *settings_of_run], capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+        assert f"step {steps}/{steps}  loss" in result.stderr
+        assert "margin" in result.stderr
+        assert "accuracy" in result.stderr
+    metrics = read_metrics(tmp_path / "run")
+    assert [row.step for row in metrics] == list(range(1, 13))
+    assert metrics[0].loss == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics[-1].measures["accuracy"] == 1
+    assert metrics[-1].measures["margin"] > 1
+    assert metrics[-1].loss < 0.2
+    assert len(list((tmp_path / "run" / "reference").iterdir())) == 1
+    saved = SavedRun(tmp_path / "run").latest()
+    assert saved is not None
+    gaps = [_preference(saved.directory), _preference(tiny_model)]
+    assert gaps[0] - gaps[1] > 5  # margin / beta
+
+
+def _preference(model: Path) -> float:
+    """By how many nats the engine prefers the one answer to the other, after a question that nobody trained on."""
+    question = "12345"
+    with LLM(str(model), dtype="float32", cache=CacheConfig(cpu_memory_bytes=64 << 20)) as llm:
+        first = len(llm.tokenizer.encode(question))
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=first)
+        outputs = llm.generate([f"{question} cat", f"{question} dog"], params)
+    cat, dog = (
+        math.fsum(token.logprob for token in (output.prompt_logprobs or [])[first:] if token is not None)
+        for output in outputs
+    )
+    return cat - dog

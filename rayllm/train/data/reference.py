@@ -66,6 +66,19 @@ class Reference:
         return replace(batch, document_values={**batch.document_values, REFERENCE: values_N})
 
 
+def refuse_other(folder: Path, key: ReferenceKey) -> None:
+    """DataError if there are figures in `folder`, but of another key: for a run that is to go on as it began."""
+    if key.path(folder).exists():
+        return
+    for path in sorted(folder.glob("reference-*.parquet")):
+        found = _stored_key(open_parquet(path))
+        others = " and ".join(name for name, value in asdict(key).items() if found.get(name) != value)
+        raise DataError(
+            f"{path}: the run began with a reference of another {others};"
+            " go on with what it began with, or give `run` another folder"
+        )
+
+
 def write_reference(folder: Path, key: ReferenceKey, reference: Reference) -> None:
     """Complete or not there."""
     path = key.path(folder)
@@ -86,9 +99,9 @@ def read_reference(folder: Path, key: ReferenceKey, num_samples: int) -> Referen
     if not path.exists():
         return None
     file = open_parquet(path)
-    found = {name.decode(): value.decode() for name, value in (file.metadata.metadata or {}).items()}
+    found = _stored_key(file)
     for name, value in asdict(key).items():
-        if found.get(_KEY_PREFIX + name) != value:
+        if found.get(name) != value:
             raise DataError(f"{path}: is of another {name}; delete it, and the reference is computed again")
     with readable(path):
         table = file.read(columns=_COLUMNS, use_threads=False)
@@ -98,3 +111,9 @@ def read_reference(folder: Path, key: ReferenceKey, num_samples: int) -> Referen
     if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
         raise DataError(f"{path}: holds numbers that are not finite; delete it, and look at the reference model")
     return Reference(chosen=chosen, rejected=rejected)
+
+
+def _stored_key(file: pq.ParquetFile) -> dict[str, str]:
+    """What the file says that it is of, by the names of `ReferenceKey`; other metadata too."""
+    metadata: dict[bytes, bytes] = file.metadata.metadata or {}
+    return {name.decode().removeprefix(_KEY_PREFIX): value.decode() for name, value in metadata.items()}

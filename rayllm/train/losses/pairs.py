@@ -18,28 +18,42 @@ class PairLogps:
     rejected_tokens_P: Tensor
 
 
+def num_pairs(batch: MicroBatch) -> int:
+    _, tokens_N = _document_sums(torch.zeros_like(batch.targets_T), batch)
+    chosen_P, _ = _halves(tokens_N)
+    return int((chosen_P > 0).sum())
+
+
 def pair_logps(log_probs_T: Tensor, batch: MicroBatch) -> PairLogps:
     """`log_probs_T`: of each target of `batch`, 0 where there is none. What pads the batch is left out."""
     sums_N, tokens_N = _document_sums(log_probs_T, batch)
-    is_pair_P = tokens_N[0::2] > 0  # an answer has its end at least
+    (chosen_P, rejected_P), (chosen_tokens_P, rejected_tokens_P) = _halves(sums_N), _halves(tokens_N)
+    is_pair_P = chosen_tokens_P > 0  # an answer has its end at least
     return PairLogps(
-        chosen_P=sums_N[0::2][is_pair_P],
-        rejected_P=sums_N[1::2][is_pair_P],
-        chosen_tokens_P=tokens_N[0::2][is_pair_P],
-        rejected_tokens_P=tokens_N[1::2][is_pair_P],
+        chosen_P=chosen_P[is_pair_P],
+        rejected_P=rejected_P[is_pair_P],
+        chosen_tokens_P=chosen_tokens_P[is_pair_P],
+        rejected_tokens_P=rejected_tokens_P[is_pair_P],
     )
 
 
 def reference_logps(values_N: Tensor, policy: PairLogps, batch: MicroBatch) -> PairLogps:
     """The same of values that were stored for each document; see `rayllm.train.data.reference`."""
     _, tokens_N = _document_sums(torch.zeros_like(batch.targets_T, dtype=values_N.dtype), batch)
-    is_pair_P = tokens_N[0::2] > 0
+    (chosen_P, rejected_P), (chosen_tokens_P, _) = _halves(values_N), _halves(tokens_N)
+    is_pair_P = chosen_tokens_P > 0
     return PairLogps(
-        chosen_P=values_N[0::2][is_pair_P],
-        rejected_P=values_N[1::2][is_pair_P],
+        chosen_P=chosen_P[is_pair_P],
+        rejected_P=rejected_P[is_pair_P],
         chosen_tokens_P=policy.chosen_tokens_P,
         rejected_tokens_P=policy.rejected_tokens_P,
     )
+
+
+def _halves(values_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the chosen and of the rejected documents. One that is left over pads the batch."""
+    pairs = len(values_N) // 2
+    return values_N[0 : 2 * pairs : 2], values_N[1 : 2 * pairs : 2]
 
 
 def _document_sums(values_T: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:

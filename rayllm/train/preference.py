@@ -1,0 +1,119 @@
+"""Learning from preference pairs: DPO and its kin as an objective of the one step.
+
+The start model is the reference. What it says of the answers is computed once, before the first step, and travels with
+each micro-batch; see `rayllm.train.answers`. Letters: T tokens, D hidden, P pairs, K measures.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayllm.core.errors import ConfigError
+from rayllm.train.answers import answer_logps
+from rayllm.train.batch import MicroBatch
+from rayllm.train.config import DpoConfig, TrainConfig
+from rayllm.train.data.dataset import PackedDataset
+from rayllm.train.data.reference import (
+    REFERENCE,
+    Reference,
+    ReferenceKey,
+    read_reference,
+    refuse_other,
+    write_reference,
+)
+from rayllm.train.head import Head
+from rayllm.train.losses.dpo import DpoLoss, DpoVariant
+from rayllm.train.losses.pairs import num_pairs, pair_logps, reference_logps
+from rayllm.train.mesh import AXES, TrainMesh
+from rayllm.train.objective import Loss
+from rayllm.train.saved import SavedRun
+from rayllm.train.trainee import Trainee
+
+
+class Preference:
+    """The loss of pairs. Measures: of the rewards that the policy implicitly pays, the chosen answer's, the rejected
+    one's and their difference; and the share of pairs where that is above 0."""
+
+    measures = ("margin", "accuracy", "chosen_reward", "rejected_reward")
+
+    def __init__(self, dpo: DpoLoss) -> None:
+        self._dpo = dpo
+
+    def count(self, batch: MicroBatch) -> int:
+        return num_pairs(batch)
+
+    def loss(self, hidden_TD: Tensor, head: Head, batch: MicroBatch) -> Loss:
+        policy = pair_logps(head.log_probs(hidden_TD, batch.targets_T), batch)
+        reference = None
+        if self._dpo.needs_reference:
+            reference = reference_logps(batch.document_values[REFERENCE], policy, batch)
+        pairs = self._dpo(policy, reference)
+        rewards = (pairs.chosen_rewards_P, pairs.rejected_rewards_P)
+        measures = torch.stack([pairs.margins_P, pairs.correct_P.to(pairs.margins_P.dtype), *rewards])
+        return Loss(total=pairs.losses_P.sum(), measures_K=measures.double().sum(1))
+
+
+def dpo_loss(config: DpoConfig) -> DpoLoss:
+    """Raises ConfigError for settings that do not go together."""
+    try:
+        return DpoLoss(
+            variant=DpoVariant(config.loss),
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            gamma=config.gamma,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"dpo.{error}") from None
+
+
+def check_pairs(config: TrainConfig, directory: Path, dataset: PackedDataset) -> None:
+    """ConfigError for what cannot be learnt so; DataError where a run would go on with another reference than it had.
+
+    `directory`: of the start model.
+    """
+    loss = dpo_loss(config.dpo)
+    if config.model.random:
+        raise ConfigError("model.random: preferences are between answers of a model that can answer; start from one")
+    if loss.needs_reference and SavedRun(Path(config.run)).latest() is not None:
+        refuse_other(_folder(config), ReferenceKey.of(directory, dataset, config.model.compute_dtype))
+
+
+def prepare_pairs(
+    config: TrainConfig, directory: Path, dataset: PackedDataset, trainee: Trainee, mesh: TrainMesh
+) -> Callable[[MicroBatch], MicroBatch]:
+    """On every rank, while `trainee` has the weights of the start model. -> what completes a micro-batch of pairs: the
+    reference, and one shape for all where pipeline stages need it."""
+    reference = None
+    if dpo_loss(config.dpo).needs_reference:
+        key = ReferenceKey.of(directory, dataset, config.model.compute_dtype)
+        reference = _reference(_folder(config), key, dataset, trainee, mesh, config.batch.rows)
+    length = config.batch.sequence_length
+
+    def prepare(batch: MicroBatch) -> MicroBatch:
+        if mesh.layout.pipeline > 1:
+            batch = batch.padded(2 * config.batch.rows * length, length)
+        return batch if reference is None else reference.attach(batch)
+
+    return prepare
+
+
+def _folder(config: TrainConfig) -> Path:
+    return Path(config.run) / "reference"
+
+
+def _reference(
+    folder: Path, key: ReferenceKey, dataset: PackedDataset, trainee: Trainee, mesh: TrainMesh, rows: int
+) -> Reference:
+    """What is stored, if every rank sees it there; else computed and stored."""
+    found = read_reference(folder, key, len(dataset))
+    seen = mesh.sum(torch.tensor(int(found is not None), device=mesh.device), *AXES)
+    if found is not None and int(seen) == dist.get_world_size():
+        return found
+    reference = answer_logps(trainee, mesh, dataset, rows)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reference(folder, key, reference)
+    return reference
