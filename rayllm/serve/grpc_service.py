@@ -131,7 +131,8 @@ class InferenceServicer:
     async def Load(self, request: bytes, grpc_context: GrpcContext) -> pb.LoadResponse:
         async def work() -> pb.LoadResponse:
             grpc_messages.parse(pb.LoadRequest, request)
-            return pb.LoadResponse(**asdict(self._service.stats()))
+            stats = asdict(self._service.stats())  # of which the message has a part
+            return pb.LoadResponse(**{field.name: stats[field.name] for field in pb.LoadResponse.DESCRIPTOR.fields})
 
         return await _unary(grpc_context, pb.LoadResponse, work)
 

@@ -6,26 +6,28 @@ from statistics import median
 
 import pytest
 
-HEADER = ("fault", "times", "detection p50", "max", "recovery p50", "max", "leaks")
+HEADER = ("fault", "times", "detection p50", "max", "recovery p50", "max", "leaks", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Seconds, one of each kind for every trial, none where nothing is to be noticed; `leaks` in words."""
+    """Seconds, one of each kind for every trial, none where nothing is to be noticed; the rest in words."""
 
     fault: str
     detection_s: Sequence[float]
     recovery_s: Sequence[float]
     leaks: Sequence[str]
+    measured: str = ""
 
     @property
     def cells(self) -> tuple[str, ...]:
         times = (
-            f"{figure(seconds):.2f} s" if seconds else "-"
+            f"{figure(seconds):.3f} s" if seconds else "-"
             for seconds in (self.detection_s, self.recovery_s)
             for figure in (median, max)
         )
-        return (self.fault, str(len(self.recovery_s)), *times, ", ".join(self.leaks) or "none")
+        count = str(max(len(self.detection_s), len(self.recovery_s)))
+        return (self.fault, count, *times, ", ".join(self.leaks) or "none", self.measured)
 
 
 _ROWS = pytest.StashKey[list[Row]]()

@@ -38,6 +38,7 @@ class Server:
     url: str
     http: httpx.AsyncClient
     channel: grpc.aio.Channel
+    grpc_address: str
 
     @property
     def openai(self) -> openai.AsyncOpenAI:
@@ -111,11 +112,12 @@ async def start(engine: AsyncEngine) -> AsyncIterator[Server]:
         while not http_server.started:
             await asyncio.sleep(0.005)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        grpc_address = f"127.0.0.1:{grpc_port}"
         async with (
             httpx.AsyncClient(base_url=url, timeout=30) as http,
-            grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel,
+            grpc.aio.insecure_channel(grpc_address) as channel,
         ):
-            server = Server(engine, service, url, http, channel)
+            server = Server(engine, service, url, http, channel, grpc_address)
             yield server
             await server.settled()
         await grpc_server.stop(None)
