@@ -109,8 +109,8 @@ async def test_a_live_request_id_is_refused(server):
     first = server.grpc.GenerateStream(request(request_id="twice"))
     await anext(aiter(first))
     response = await server.http.post("/v1/completions", json=body(request_id="twice"))
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "request_id"
+    assert response.status_code == 409
+    assert response.json()["error"]["code"] == "request_exists"
     first.cancel()
     while server.engine.stats().running:
         await asyncio.sleep(0.001)
