@@ -81,6 +81,7 @@ async def raw_http(endpoint: Endpoint, *, stream: bool) -> int | str:
     return response.status_code
 
 
+@pytest.mark.slow
 async def test_a_killed_replica(endpoint: Endpoint, report: list[Row]) -> None:
     expected = await asyncio.to_thread(expected_texts, endpoint)
     told_s, serving_s = [], []
