@@ -41,9 +41,10 @@ class Session:
         try:
             if address is not None:
                 _check_reachable(address)
-                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+                with _sigterm_left_to_python():
+                    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                with _signals_held():
+                with _signals_held(), _sigterm_left_to_python():
                     _start_local(num_cpus)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             ray.shutdown()
@@ -97,6 +98,18 @@ def _signals_held() -> Iterator[None]:
                 signal.signal(number, handler)
         if received:
             signal.raise_signal(received[0])
+
+
+@contextmanager
+def _sigterm_left_to_python() -> Iterator[None]:
+    """Ray's core installs a handler under Python's: it writes a stack trace, calls Python's, and three seconds later
+    aborts a process that is still cleaning up."""
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+            signal.alarm(0)  # the abort, if the signal came while Ray started
 
 
 def _start_local(num_cpus: int | None) -> None:
