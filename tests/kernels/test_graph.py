@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rayllm_kernels import add_rms_norm, linear, native, rms_norm, silu_mul
+from rayllm_kernels.dispatch import linear_limits
 from rayllm_kernels.graph import NotCapturableError, Workspace, capture
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -45,6 +46,8 @@ def layers(x_TD: Tensor, count: int) -> Callable[[], Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 def test_a_replay_computes_the_same_from_new_inputs(tokens: int, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and tokens > max(linear_limits().vector_bfloat16, linear_limits().tile_bfloat16):
+        pytest.skip(f"without AMX tiles, torch multiplies {tokens} rows")
     x = torch.randn(tokens, 64).to(dtype)
     run = layers(x, 3)
     graph = capture(run, Workspace())
