@@ -35,7 +35,9 @@ from rayllm_cluster.session import Session
 logger = logging.getLogger(__name__)
 
 _MAX_GRPC_MESSAGE_BYTES = 16 << 20
-_SIDE_PORTS = range(20000, 30000)  # between Ray's own and those that Serve gives its replicas
+# Between the ports of Ray's workers and those that Serve gives its replicas for HTTP.
+_SIDE_PORTS = range(20000, 25000)
+_GRPC_BLOCKS = [range(first, first + 100) for first in range(25000, 30000, 100)]
 _ROUTE_S = 15.0  # for the proxy to know the replica
 _STOP_S = 15.0  # for a replica to end once it is drained
 
@@ -79,33 +81,40 @@ def serve_local(config: ServeConfig) -> LocalServer:
 
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
-    directory = Path(tempfile.mkdtemp(prefix="rayllm-serve-"))
-    environment = _environment(directory, config)
-    os.environ.update(environment)
+    with _grpc_block() as grpc_ports:
+        directory = Path(tempfile.mkdtemp(prefix="rayllm-serve-"))
+        environment = _environment(directory, config, grpc_ports)
+        os.environ.update(environment)
+        try:
+            with _serve(config):
+                yield
+        finally:
+            for name in environment:
+                del os.environ[name]
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _serve(config: ServeConfig) -> Iterator[None]:
     import ray
     from ray import serve
 
     from rayllm.serve.app import check_direct_ingress, grpc_options, http_options
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        check_direct_ingress()
-        # A logical CPU for each rank and one for what drives them, however few the machine has.
-        with _session(config.most_replicas * (config.engine.parallel.world_size + 1)):
-            try:
-                serve.start(http_options=http_options(config), grpc_options=grpc_options(config))
-            except ray.exceptions.RayError as error:
-                raise EngineUnavailableError(f"Ray Serve did not start: {_cause(str(error))}") from error
-            try:
-                yield
-            finally:
-                # Ray reports on stdout that the controller is gone, which is what it was asked for.
-                with redirect_stdout(io.StringIO()):
-                    serve.shutdown()
-    finally:
-        for name in environment:
-            del os.environ[name]
-        shutil.rmtree(directory, ignore_errors=True)
+    check_direct_ingress()
+    # A logical CPU for each rank and one for what drives them, however few the machine has.
+    with _session(config.most_replicas * (config.engine.parallel.world_size + 1)):
+        try:
+            serve.start(http_options=http_options(config), grpc_options=grpc_options(config))
+        except ray.exceptions.RayError as error:
+            raise EngineUnavailableError(f"Ray Serve did not start: {_cause(str(error))}") from error
+        try:
+            yield
+        finally:
+            # Ray reports on stdout that the controller is gone, which is what it was asked for.
+            with redirect_stdout(io.StringIO()):
+                serve.shutdown()
 
 
 def _session(num_cpus: int) -> Session:
@@ -165,7 +174,7 @@ def _cause(report: str) -> str:
     return (found or lines or ["no reason was given"])[-1]
 
 
-def _environment(directory: Path, config: ServeConfig) -> dict[str, str]:
+def _environment(directory: Path, config: ServeConfig, grpc_ports: range) -> dict[str, str]:
     """What Serve reads when it is first imported, here and in every process of Ray's.
 
     HAProxy in front of replicas that listen themselves; its files and side ports its own, so that several endpoints may
@@ -187,6 +196,9 @@ def _environment(directory: Path, config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        # For a client that has stopped reading its answer, or sending its request; by default an hour. One that waits
+        # for an answer is not meant.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         # HAProxy starts anew whenever a replica comes or goes. The old one goes on with its streams for so long; by
         # default two minutes, after which it would cut them.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.max_request_s)),
@@ -194,6 +206,8 @@ def _environment(directory: Path, config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback_http,
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": fallback_grpc,
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc_ports.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc_ports.stop - 1),
     }
     return {name: value for name, value in defaults.items() if name not in os.environ}
 
@@ -245,6 +259,26 @@ def _check_port(name: str, port: int) -> None:
             probe.bind(("0.0.0.0", port))
         except OSError as error:
             raise ConfigError(f"{name}: port {port} cannot be used: {str(error.strerror).lower()}") from None
+
+
+@contextmanager
+def _grpc_block() -> Iterator[range]:
+    """Ports for the replicas' gRPC that no other endpoint of this machine uses, for as long as it is entered.
+
+    A replica cannot tell that a port is taken: Serve asks gRPC not to share ports, but by a text where gRPC wants a
+    number and overlooks all else. Two endpoints would then answer each other's requests. The block's first port is
+    the claim to it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as claim:
+        for block in random.sample(_GRPC_BLOCKS, len(_GRPC_BLOCKS)):
+            try:
+                claim.bind(("0.0.0.0", block.start))
+                claim.listen()
+            except OSError:
+                continue
+            yield block[1:]
+            return
+        raise ConfigError(f"no free ports for gRPC in {_GRPC_BLOCKS[0].start}-{_GRPC_BLOCKS[-1].stop - 1}")
 
 
 def _free_ports(count: int) -> list[int]:

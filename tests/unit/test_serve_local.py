@@ -13,7 +13,7 @@ from rayllm.core.config import EngineConfig, ModelConfig
 from rayllm.core.errors import ConfigError
 from rayllm.models.weight_version import weight_version
 from rayllm.serve.config import ServeConfig
-from rayllm.serve.local import _cause, _check_port, _free_ports, _haproxy, _unavailable
+from rayllm.serve.local import _cause, _check_port, _free_ports, _grpc_block, _haproxy, _unavailable
 
 ENGINE = EngineConfig(model=ModelConfig(model="/models/Some-Model/"))
 
@@ -97,3 +97,13 @@ def test_haproxy_says_503_where_serve_would_have_it_say_500(tmp_path):
         "retry-after": "1",
     }
     assert json.loads(body)["error"]["code"] == "unavailable"
+
+
+def test_endpoints_of_one_machine_share_no_grpc_port():
+    with _grpc_block() as one, _grpc_block() as two:
+        assert len(one) == len(two) == 99
+        assert not set(one) & set(two)
+        for port in (one.start - 1, two.start - 1):
+            with pytest.raises(ConfigError, match="cannot be used"):
+                _check_port("claim", port)
+    _check_port("claim", one.start - 1)
