@@ -133,6 +133,7 @@ def start(
     shard_recovery_timeout_s: float = 120,
     replicas: int = 1,
     max_num_seqs: int = 4,
+    **environment: str,
 ) -> Endpoint:
     http_port, grpc_port = free_ports(2)
     mark = uuid.uuid4().hex
@@ -143,7 +144,7 @@ def start(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"SERVE_TEST_MARK": mark},
+        env=os.environ | environment | {"SERVE_TEST_MARK": mark},
     )
     assert process.stdout is not None
     assert "ready" in process.stdout.readline()

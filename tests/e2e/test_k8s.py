@@ -110,6 +110,7 @@ def test_ports_drain_and_probes(name, tmp_path):
         environment = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
         assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
         assert float(environment["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) >= config.drain_timeout_s
+        assert 0 < float(environment["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"]) <= 120
     assert cluster["autoscalerOptions"]["idleTimeoutSeconds"] > config.drain_timeout_s
     assert service["rayClusterDeletionDelaySeconds"] > config.drain_timeout_s
     (workers,) = cluster["workerGroupSpecs"]
