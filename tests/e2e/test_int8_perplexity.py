@@ -147,7 +147,6 @@ def loss(exact: dict[str, float], texts: dict[str, str], tmp_path: Path) -> Call
     ("options", "bound"),
     [
         (("--scheme", "w8a16"), 0.5),
-        (("--scheme", "w8a16", "--outliers", "none"), 0.8),
         (("--scheme", "w8a8"), 1.5),
         (("--scheme", "w8a8", "--outliers", "mixed"), 1.5),
     ],
