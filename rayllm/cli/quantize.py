@@ -1,5 +1,6 @@
 """`rayllm quantize`: a model with int8 linear layers, as a directory that rayllm, transformers and vLLM read."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -34,14 +35,14 @@ def quantize(
         typer.Option("--scheme", help="w8a16: int8 weights; w8a8: int8 activations too, token by token."),
     ] = "w8a16",
     outliers: Annotated[
-        Literal["none", "clip", "smooth", "mixed"],
+        Literal["none", "clip", "smooth", "mixed"] | None,
         typer.Option(
             "--outliers",
             help="What to do about values far larger than the rest. clip: cut weights where that costs least; smooth:"
             " move the spread of activations into the weights (needs --calibration); mixed: keep such columns in 16"
-            " bits, finding those of activations by --calibration.",
+            " bits, finding those of activations by --calibration. [smooth with --calibration, else none]",
         ),
-    ] = "none",
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", metavar="FILE", help="UTF-8 text such as the model will see, some pages of it."),
@@ -59,10 +60,11 @@ def quantize(
     """
     from rayllm.quant.convert import Recipe
 
+    outliers = outliers or ("none" if calibration is None else "smooth")
     recipe = Recipe(scheme=scheme, outliers=outliers, skip=tuple(skip or ()))
     if recipe.needs_calibration and calibration is None:
         raise ConfigError(f"outliers: {outliers} needs --calibration FILE, a text such as the model will see")
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"{out} is there already; name a directory to be made")
     with stdout_kept_clean():
         report = _quantize(model, out, recipe, calibration)
@@ -78,20 +80,22 @@ def _quantize(model: str, out: Path, recipe: "Recipe", calibration: Path | None)
     from rayllm.models.cache import publish
     from rayllm.models.checkpoint import Checkpoint
     from rayllm.models.hub import resolve_model
-    from rayllm.quant.convert import convert, quantized_layers
+    from rayllm.quant.convert import check_weights, convert, quantized_layers
     from rayllm.quant.report import write_report
 
     checkpoint = Checkpoint.open(resolve_model(model))
     layers = quantized_layers(checkpoint, recipe)
     statistics, tokens = None, 0
-    if calibration is not None:
-        sequences = _sequences(checkpoint, calibration)
-        tokens = sum(map(len, sequences))
-        statistics = _calibrate(checkpoint, sequences, tokens)
-    with publish(out.absolute()) as directory, progress("quantizing", 2 * len(layers)) as advance:
-        report = convert(
-            checkpoint, directory, recipe, statistics=statistics, calibration_tokens=tokens, advance=advance
-        )
+    with publish(out.absolute()) as directory:
+        if calibration is not None:
+            sequences = _sequences(checkpoint, calibration)
+            tokens = sum(map(len, sequences))
+            check_weights(checkpoint)
+            statistics = _calibrate(checkpoint, sequences, tokens)
+        with progress("quantizing", 2 * len(layers)) as advance:
+            report = convert(
+                checkpoint, directory, recipe, statistics=statistics, calibration_tokens=tokens, advance=advance
+            )
         write_report(report, directory)
     return report
 

@@ -6,9 +6,11 @@ Knows nothing of what the directories hold.
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from rayllm.core.errors import ConfigError
 
 
 def models_cache() -> Path:
@@ -21,10 +23,16 @@ def models_cache() -> Path:
 def publish(destination: Path) -> Iterator[Path]:
     """Yields an empty directory to fill; without an error it then becomes `destination` in one step.
 
-    Two processes may fill the same destination at once: the first one wins, the other's copy is thrown away.
+    Two processes may fill the same destination at once: the first one wins, the other's copy is thrown away. With an
+    error nothing is left, nor are the directories above it that were not there. Raises ConfigError, before anything is
+    filled, where there can be no such directory.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    missing = [parent for parent in destination.parents if not os.path.lexists(parent)]  # the nearest first
+    try:
+        staging = _staging(destination, missing)
+    except OSError as error:
+        _remove_empty(missing)
+        raise ConfigError(f"{destination}: cannot be made: {error.strerror}") from error
     try:
         yield staging
         for path in staging.iterdir():
@@ -38,6 +46,19 @@ def publish(destination: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def _staging(destination: Path, missing: Sequence[Path]) -> Path:
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):  # it holds something, or was never made
+            directory.rmdir()
 
 
 def _flush(path: Path) -> None:

@@ -39,7 +39,7 @@ def load_shard(
 
     Reads nothing but this rank's slices, and holds no more than one of them twice. Linear layers that are stored as
     int8 stay so; `quantize` makes those of a checkpoint without any int8 as they are read. Raises CheckpointError for a
-    scale or, quantizing, a weight that is not finite.
+    scale or, quantizing, a weight that is not finite, and for outlier columns that are not the layer's.
     """
     check_layout(checkpoint.spec, mesh.tp_size, mesh.pp_size)
     with torch.device("meta"):
@@ -107,7 +107,12 @@ def _load_int8(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh
         return
     shape = checkpoint.shape(f"{name}.outlier_columns")
     columns_J = checkpoint.read(f"{name}.outlier_columns", (slice(0, *shape),)).to(device)
+    inputs = checkpoint.shape(f"{name}.weight")[1]
+    if not ((columns_J >= 0) & (columns_J < inputs)).all() or not (columns_J.diff() > 0).all():
+        stored = checkpoint.source(f"{name}.outlier_columns").name
+        raise CheckpointError(checkpoint.directory, f"tensor {stored} is no rising list of columns below {inputs}")
     weight_NJ = _read_slice(f"{name}.outlier_weight", checkpoint, mesh, torch.bfloat16, device)
+    _check_finite(weight_NJ, f"{name}.outlier_weight", checkpoint)
     if style_of(name) is Style.ROW:
         first = mesh.tp_rank * weight_NK.shape[1]
         mine_J = (columns_J >= first) & (columns_J < first + weight_NK.shape[1])
@@ -125,7 +130,7 @@ def _quantize(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh,
     module.set_weight(round_to_int8(weight_NK, scale_N1), scale_N1)
 
 
-def _check_finite(scale_N1: Tensor, parameter: str, checkpoint: Checkpoint) -> None:
-    if not scale_N1.isfinite().all():
+def _check_finite(tensor: Tensor, parameter: str, checkpoint: Checkpoint) -> None:
+    if not tensor.isfinite().all():
         stored = checkpoint.source(parameter).name
         raise CheckpointError(checkpoint.directory, f"tensor {stored} holds NaN or infinity")

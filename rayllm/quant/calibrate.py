@@ -13,13 +13,13 @@ from rayllm.models.context import DenseContext
 from rayllm.models.decoder import Decoder
 from rayllm.quant.int8_linear import linear_names
 
-SAMPLE = 128  # tokens
+SAMPLE = 512  # tokens
 
 
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
     """Of the inputs of one layer: `largest_K` absolute value and `energy_K`, the mean square, of each over all tokens
-    (float32), and the inputs of a few tokens themselves, `sample_RK`, evenly spread over the text.
+    (float32), and the inputs of some tokens themselves, `sample_RK`, evenly spread over the text.
     """
 
     largest_K: Tensor

@@ -111,7 +111,7 @@ def convert(
     layers = quantized_layers(checkpoint, recipe)
     largest = {}
     for layer in layers:
-        largest[layer] = _largest_weights(checkpoint, layer)
+        largest[layer] = _read(checkpoint, f"{layer}.weight").abs().amax(dim=0).float()
         advance(1)
     folds, columns = Folds(), dict[str, Tensor]()
     if recipe.outliers == "smooth":
@@ -186,18 +186,20 @@ def _convert_layer(
     )
 
 
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for the first that is not finite, before a model is run that could only be blamed on its
+    inputs."""
+    for name in _stored_once(checkpoint):
+        _read(checkpoint, name)
+
+
 def _read(checkpoint: Checkpoint, parameter: str) -> Tensor:
     whole = tuple(slice(0, size) for size in checkpoint.shape(parameter))
-    return checkpoint.read(parameter, whole)
-
-
-def _largest_weights(checkpoint: Checkpoint, layer: str) -> Tensor:
-    """-> [K], of each input."""
-    largest_K = _read(checkpoint, f"{layer}.weight").abs().amax(dim=0).float()
-    if not largest_K.isfinite().all():
-        source = checkpoint.source(f"{layer}.weight")
-        raise CheckpointError(checkpoint.directory, f"tensor {source.name} holds NaN or infinity")
-    return largest_K
+    tensor = checkpoint.read(parameter, whole)
+    if not tensor.isfinite().all():
+        name = checkpoint.source(parameter).name
+        raise CheckpointError(checkpoint.directory, f"tensor {name} holds NaN or infinity")
+    return tensor
 
 
 def _stored_name(checkpoint: Checkpoint, parameter: str) -> str:

@@ -128,17 +128,70 @@ def test_a_directory_that_is_there_is_left_alone(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_broken_weight_leaves_nothing_behind(
-    quantize: Callable[..., Result], make_tiny_model: Callable[..., Path], tmp_path: Path
+def test_the_default_follows_the_calibration(
+    quantize: Callable[..., Result], tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
+    without = json.loads(quantize(tiny_model, tmp_path / "without", "--json").out)
+    with_text = json.loads(quantize(tiny_model, tmp_path / "with", "--calibration", text, "--json").out)
+    chosen = json.loads(
+        quantize(tiny_model, tmp_path / "chosen", "--calibration", text, "--outliers", "none", "--json").out
+    )
+    assert [report["outliers"] for report in (without, with_text, chosen)] == ["none", "smooth", "none"]
+    assert with_text["error_of"] == chosen["error_of"] == "outputs"
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"],
+)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_broken_weight_leaves_nothing_behind(
+    quantize: Callable[..., Result],
+    make_tiny_model: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    name: str,
+    bad: float,
+    calibrated: bool,
+) -> None:
+    """Nor directories above OUT that were not there; and the weight is blamed, not the text."""
     model = make_tiny_model()
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = torch.nan
+    tensors[name].view(-1)[5] = bad
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    result = quantize(model, tmp_path / "out")
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    result = quantize(model, tmp_path / "there" / "new" / "out", *(["--calibration", text] if calibrated else []))
     assert (result.status, result.out) == (1, "")
-    assert "tensor model.layers.2.mlp.down_proj.weight holds NaN or infinity" in result.err
-    assert list(tmp_path.iterdir()) == []
+    assert result.err.splitlines()[-1] == f"error: {model}: tensor {name} holds NaN or infinity"
+    assert list((tmp_path / "there").iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "there"]
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("{file}/out", "Not a directory"), ("{file}/a/out", "Not a directory"), ("/proc/out", "No such file")],
+)
+def test_a_place_that_cannot_be_made_is_one_line(
+    quantize: Callable[..., Result], tiny_model: Path, text: Path, tmp_path: Path, out: str, reason: str
+) -> None:
+    """Said before the work."""
+    place = Path(out.format(file=text))
+    result = quantize(tiny_model, place, "--calibration", text)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"error: {place}: cannot be made: ")
+    assert reason in result.err
+    assert result.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_a_dangling_link_is_left_alone(quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    result = quantize(tiny_model, tmp_path / "out")
+    assert result.status == 1
+    assert "is there already" in result.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_an_int8_model_is_not_quantized_again(

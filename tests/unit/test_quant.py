@@ -190,9 +190,11 @@ def test_a_hundredfold_outliers_make_handling_matter(tmp_path: Path) -> None:
         recipe = Recipe(scheme="w8a8", outliers=outliers)
         convert(Checkpoint.open(tmp_path / "model"), out, recipe, statistics=statistics, calibration_tokens=60)
         errors[outliers] = relative(logits(load(out)), exact)
+    # Clipping weights cannot help what the activations lose.
     assert errors["none"] > 1.05 * errors["clip"]
-    assert errors["clip"] > 10 * errors["mixed"]
-    assert errors["clip"] > 10 * errors["smooth"]
+    assert errors["clip"] > 20 * errors["mixed"]
+    assert errors["clip"] > 20 * errors["smooth"]
+    assert max(errors["mixed"], errors["smooth"]) < 0.03
 
 
 def test_clip_never_loses_to_absmax() -> None:
@@ -267,12 +269,39 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
         (lambda tensors: tensors.update({WEIGHT: torch.ones(72, 48)}), f"tensor {WEIGHT} has unsupported dtype F32"),
         (lambda tensors: tensors.update({"extra": torch.ones(1)}), "tensor extra is not part of"),
         (lambda tensors: tensors[SCALE].fill_(torch.nan), f"tensor {SCALE} holds NaN or infinity"),
+        (lambda tensors: tensors[SCALE][-1].fill_(torch.inf), f"tensor {SCALE} holds NaN or infinity"),
     ],
 )
 def test_damaged_tensors(int8: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
     edit(int8, change)
     with pytest.raises(CheckpointError, match=message):
         load(int8)
+
+
+COLUMNS = "model.layers.1.mlp.up_proj.outlier_columns"
+KEPT = "model.layers.1.mlp.up_proj.outlier_weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(COLUMNS), f"tensor {COLUMNS} is missing"),
+        (lambda tensors: tensors.update({KEPT: torch.ones(72, 1)}), rf"tensor {KEPT} has shape \[72, 1\]"),
+        (lambda tensors: tensors[KEPT][0].fill_(torch.nan), f"tensor {KEPT} holds NaN or infinity"),
+        (lambda tensors: tensors[COLUMNS][-1].fill_(48), f"tensor {COLUMNS} is no rising list of columns below 48"),
+        (lambda tensors: tensors[COLUMNS][0].fill_(-1), f"tensor {COLUMNS} is no rising list of columns below 48"),
+        (lambda tensors: tensors[COLUMNS].fill_(5), f"tensor {COLUMNS} is no rising list of columns below 48"),
+    ],
+)
+def test_damaged_outliers(change: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path) -> None:
+    with_outliers(tmp_path / "model")
+    out = quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
+    tensors = load_file(out / OUTLIERS)
+    assert tensors[COLUMNS].tolist() == [5, 17]
+    change(tensors)
+    save_file(tensors, out / OUTLIERS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load(out)
 
 
 def test_a_lost_outliers_file_is_missed(int8: Path) -> None:

@@ -55,5 +55,6 @@ def test_transformers_reads_it(
     their_logits = theirs(IDS[None]).logits[0]
     loss = float((logits - exact).norm() / exact.norm())
     difference = float((their_logits - logits).norm() / exact.norm())
-    # They widen the weights once and take activations as they are, or round them too; we lose what int8 loses.
-    assert difference < (1e-4 if scheme == "w8a16" else 2 * loss)
+    # They widen the weights and take activations as they are: the same but for float32's last bits under W8A16, and
+    # what int8 activations alone lose under W8A8. With weights of another layer, `difference` would be near 1.
+    assert difference < (1e-5 if scheme == "w8a16" else min(1.25 * loss, 0.035))
