@@ -24,9 +24,10 @@ from rayllm_kernels.dispatch import Int8Limits, int8_limits
 
 ALL_ROWS = 10**9
 LOOPS = {
-    "vector": Int8Limits(tiles=False, vector_w8a8=ALL_ROWS, vector_float32=ALL_ROWS, vector_bfloat16=ALL_ROWS),
-    "tile": Int8Limits(tiles=True, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
-    "torch": Int8Limits(tiles=False, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
+    "packed": Int8Limits(packed=True, tiles=False, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
+    "vector": Int8Limits(packed=False, tiles=False, vector_w8a8=ALL_ROWS, vector_float32=ALL_ROWS, vector_bfloat16=ALL_ROWS),
+    "tile": Int8Limits(packed=False, tiles=True, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
+    "torch": Int8Limits(packed=False, tiles=False, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 needs_tiles = pytest.mark.skipif(amx_problem() is not None, reason=f"no AMX tiles: {amx_problem()}")
