@@ -174,9 +174,9 @@ def dot_bytes(rows: int, columns: int) -> Any:
 def dot_panel(rows: int) -> Any:
     """Intrinsic: a panel of packed weights times `rows` packed rows of x -> int32 [rows, 32 outputs] at `out`.
 
-    Arguments: weight [length / 4, 32 outputs, 4], made unsigned by adding `DOT_OFFSET`; x as `pack` writes it; length of
-    a row (a multiple of 16); starts, int32 for each row: `DOT_OFFSET` times its sum, negative; out. A panel lies in one
-    piece and the next behind it, so what is fetched ahead at the end of one is the beginning of the other.
+    Arguments: weight [length / 4, 32 outputs, 4], made unsigned by adding `DOT_OFFSET`; x as `pack` writes it; length
+    of a row (a multiple of 16); starts, int32 for each row: `DOT_OFFSET` times its sum, negative; out. A panel lies in
+    one piece and the next behind it, so what is fetched ahead at the end of one is the beginning of the other.
     """
     unrolled, halves = 4, PANEL // LANES
 
@@ -189,6 +189,9 @@ def dot_panel(rows: int) -> Any:
             value = builder.load(pointer(builder, address, ir.IntType(32)))
             first = builder.insert_element(ir.Constant(INTS, ir.Undefined), value, ir.IntType(32)(0))
             return builder.shuffle_vector(first, first, ir.Constant(INTS, [0] * LANES))
+
+        def fours(address: Any) -> Any:
+            return builder.bitcast(broadcast(address), BYTES)
 
         sums = [
             [cgutils.alloca_once_value(builder, start) for _ in range(halves)]
@@ -204,7 +207,7 @@ def dot_panel(rows: int) -> Any:
                     _emit_load_bytes(builder, at(panel, 4 * PANEL * step + CACHE_LINE * half)) for half in range(halves)
                 ]
                 for r, totals in enumerate(sums):
-                    value = broadcast(at(group, CACHE_LINE * step + 4 * r))
+                    value = fours(at(group, CACHE_LINE * step + 4 * r))
                     for column, total in zip(columns, totals, strict=True):
                         builder.store(_emit_dot_bytes(builder, column, value, builder.load(total)), total)
         for i, total in enumerate(total for totals in sums for total in totals):

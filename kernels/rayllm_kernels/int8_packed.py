@@ -141,7 +141,12 @@ def _multiply_packed(block: int) -> None:
     scale, bias, out, outputs = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
     is_bf16, outlier_weight, num_columns = integer(block, 4), integer(block, 5), integer(block, 6)
     weight, packed, scales, starts = integer(block, 8), integer(block, 9), integer(block, 10), integer(block, 11)
-    kept, rows, length, outputs_per_task = integer(block, 12), integer(block, 13), integer(block, 14), integer(block, 15)
+    kept, rows, length, outputs_per_task = (
+        integer(block, 12),
+        integer(block, 13),
+        integer(block, 14),
+        integer(block, 15),
+    )
     x, columns, bounds = integer(block, 16), integer(block, 17), integer(block, 18)
     blocks = (rows + PANEL_ROWS - 1) // PANEL_ROWS
     mine = blocks if packed == 0 else 0

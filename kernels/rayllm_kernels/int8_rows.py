@@ -59,7 +59,7 @@ def quantize_row(
     start: int,
     given: int,
 ) -> float:
-    """-> the scale of row x; int8 to `q`, the int32 that its sums begin with to `start`. `given`: its bound, 0: found."""
+    """-> the scale of row x; int8 to `q`, the int32 its sums begin with to `start`. `given`: its bound, 0: found."""
     _widen_row(x, length, is_bf16, columns, num_columns, kept, wide)
     bound: Any = load_f32(given) if given != 0 else _bound_of_row(wide, length)
     factor = broadcast(np.float32(127.0) / bound if bound > np.float32(1e-30) else np.float32(0.0))
