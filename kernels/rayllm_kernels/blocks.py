@@ -1,8 +1,9 @@
 """The inner products that the linear kernels are made of, callable inside numba-compiled code.
 
-Two kinds. Vectors: some weight rows times some rows of x along their whole length, the sums in registers. Tiles: 32
+Three kinds. Vectors: some weight rows times some rows of x along their whole length, the sums in registers. Tiles: 32
 weight rows times 16 or 32 packed rows of x in AMX registers. Either reads the weight where it lies, row by row, and
-adds up every sum in the same order whatever the block's shape. Knows nothing of scales, biases or dtypes of results.
+adds up every sum in the same order whatever the block's shape. Panels: int8 weights that were packed once, 32 outputs
+side by side, times up to 12 packed rows of x. Knows nothing of scales, biases or dtypes of results.
 """
 
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from rayllm_kernels.simd import (
 
 CACHE_LINE = 64
 TILE = 16  # weight rows, rows of x, and groups of 4 bytes along the length, of one tile
+PANEL = 32  # outputs that lie side by side in packed weights: two vectors of sums
+PANEL_ROWS = 12  # of x: with them 24 vectors of sums, and the weights, fill the 32 registers
 STRIPE = 32  # weight rows multiplied at a time: with one tile, each product would wait for the one before
 _AHEAD = 8192  # bytes
 
@@ -91,6 +94,7 @@ def _dot_instruction() -> str | None:
 
 
 _DOT_INSTRUCTION = _dot_instruction()
+PANELS_RUN = _DOT_INSTRUCTION == "llvm.x86.avx512.vpdpbusd.512"  # AVX2 has half the registers
 # Weights are made unsigned for it by adding 128, so the sums come out too large by 128 times the sum of x.
 DOT_OFFSET = 128 if _DOT_INSTRUCTION else 0
 
@@ -163,6 +167,51 @@ def dot_bytes(rows: int, columns: int) -> Any:
             for c, total in enumerate(totals):
                 value = call_llvm(builder, "llvm.vector.reduce.add.v16i32", ir.IntType(32), builder.load(total))
                 builder.store(value, pointer(builder, builder.add(out, int64(64 * c + 4 * r)), ir.IntType(32)))
+
+    return emit
+
+
+def dot_panel(rows: int) -> Any:
+    """Intrinsic: a panel of packed weights times `rows` packed rows of x -> int32 [rows, 32 outputs] at `out`.
+
+    Arguments: weight [length / 4, 32 outputs, 4], made unsigned by adding `DOT_OFFSET`; x as `pack` writes it; length
+    of a row (a multiple of 16); starts, int32 for each row: `DOT_OFFSET` times its sum, negative; out. A panel lies in
+    one piece and the next behind it, so what is fetched ahead at the end of one is the beginning of the other.
+    """
+    unrolled, halves = 4, PANEL // LANES
+
+    @operation(types.void, types.int64, types.int64, types.int64, types.int64, types.int64)
+    def emit(builder: Any, weight: Any, x: Any, length: Any, starts: Any, out: Any) -> Any:
+        def at(address: Any, offset: int) -> Any:
+            return builder.add(address, ir.IntType(64)(offset))
+
+        def broadcast(address: Any) -> Any:
+            value = builder.load(pointer(builder, address, ir.IntType(32)))
+            first = builder.insert_element(ir.Constant(INTS, ir.Undefined), value, ir.IntType(32)(0))
+            return builder.shuffle_vector(first, first, ir.Constant(INTS, [0] * LANES))
+
+        def fours(address: Any) -> Any:
+            return builder.bitcast(broadcast(address), BYTES)
+
+        sums = [
+            [cgutils.alloca_once_value(builder, start) for _ in range(halves)]
+            for start in (broadcast(at(starts, 4 * r)) for r in range(rows))
+        ]
+        with cgutils.for_range(builder, builder.udiv(length, ir.IntType(64)(4 * unrolled))) as loop:
+            panel = builder.add(weight, builder.mul(loop.index, ir.IntType(64)(4 * PANEL * unrolled)))
+            group = builder.add(x, builder.mul(loop.index, ir.IntType(64)(CACHE_LINE * unrolled)))
+            for line in range(0, 4 * PANEL * unrolled, CACHE_LINE):
+                emit_prefetch(builder, at(panel, line + _AHEAD))
+            for step in range(unrolled):
+                columns = [
+                    _emit_load_bytes(builder, at(panel, 4 * PANEL * step + CACHE_LINE * half)) for half in range(halves)
+                ]
+                for r, totals in enumerate(sums):
+                    value = fours(at(group, CACHE_LINE * step + 4 * r))
+                    for column, total in zip(columns, totals, strict=True):
+                        builder.store(_emit_dot_bytes(builder, column, value, builder.load(total)), total)
+        for i, total in enumerate(total for totals in sums for total in totals):
+            builder.store(builder.load(total), pointer(builder, at(out, 4 * LANES * i), INTS), align=4)
 
     return emit
 

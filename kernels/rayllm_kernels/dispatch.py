@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rayllm_kernels.amx import amx_problem
+from rayllm_kernels.blocks import PANELS_RUN
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,12 @@ def linear_limits() -> LinearLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Limits:
-    """The most rows of x for which vectors are the fastest; above them AMX tiles are, or torch without `tiles`."""
+    """The most rows of x for which vectors are the fastest; above them AMX tiles are, or torch without `tiles`.
 
+    `packed`: W8A8 is faster, for any number of rows, with weights that are packed when a model is loaded.
+    """
+
+    packed: bool
     tiles: bool
     vector_w8a8: int
     vector_float32: int  # W8A16, by the dtype of x
@@ -92,11 +97,13 @@ class Int8Limits:
 def int8_limits() -> Int8Limits:
     problem = amx_problem()
     if problem is None:
-        limits = Int8Limits(tiles=True, vector_w8a8=4, vector_float32=16, vector_bfloat16=8)
+        limits = Int8Limits(packed=False, tiles=True, vector_w8a8=4, vector_float32=16, vector_bfloat16=8)
         logger.info("int8 linear: vectors up to 4 rows (8 with bfloat16 activations), AMX tiles above")
     else:
-        limits = Int8Limits(tiles=False, vector_w8a8=16, vector_float32=16, vector_bfloat16=8)
+        limits = Int8Limits(packed=PANELS_RUN, tiles=False, vector_w8a8=16, vector_float32=16, vector_bfloat16=8)
         logger.info(
-            "int8 linear: vectors up to 16 rows (8 with bfloat16 activations), torch above, because %s", problem
+            "int8 linear: %s; vectors up to 16 rows (8 with bfloat16 activations), torch above, because %s",
+            "W8A8 weights packed for VNNI" if PANELS_RUN else "no packed weights, because there is no AVX-512 VNNI",
+            problem,
         )
     return limits

@@ -57,7 +57,7 @@ _DEPTH = 512  # bytes of 32 weight rows and of 32 rows of x that stay in the fir
 
 
 @inlined
-def _finish(
+def finish(
     sums: F32x16,
     x_scale: float,
     scale: F32x16,
@@ -137,7 +137,7 @@ def _multiply_bytes(block: int) -> None:
                 for c in range(min(side, rows - m)):
                     value = load_f32(scales + 4 * (m + c))
                     ours = kept + 4 * (m + c) * num_columns
-                    _finish(
+                    finish(
                         load_f32_from_i32(sums + _LINE * c),
                         value,
                         load(scale + 4 * n),
@@ -162,7 +162,7 @@ multiply_bytes_kernel = Kernel(_multiply_bytes, integers=16)
 def _finish_pairs(
     sums: int, x_scales: int, scale: int, bias: int, out: int, outputs: int, row: int, rows: int, n: int, work: int
 ) -> None:
-    """As `_finish`, for bfloat16 without outlier columns: [32 outputs, 16 rows of x] sums to `rows` rows of out.
+    """As `finish`, for bfloat16 without outlier columns: [32 outputs, 16 rows of x] sums to `rows` rows of out.
 
     Two outputs are joined to 32 bits before they are turned, so there is half as much to turn, and whole cache lines
     to write. `work`: 2 KB.
@@ -206,7 +206,7 @@ def _finish_tile(
     for column in range(n, n + STRIPE, TILE):
         transpose(sums + _LINE * (column - n), _LINE, TILE, work, work)
         for m in range(rows):
-            _finish(
+            finish(
                 load_f32_from_i32(work + _LINE * m),
                 load_f32(x_scales + 4 * m),
                 load(scale + 4 * column),
@@ -306,7 +306,7 @@ def _finish_rows(block: int) -> None:
     while task >= 0:
         for n in range(0, outputs, LANES):
             found = load_f32_from_i32(sums + 4 * (task * outputs + n))
-            _finish(
+            finish(
                 found,
                 load_f32(scales + 4 * task),
                 load(scale + 4 * n),
@@ -357,7 +357,7 @@ def _multiply_widened(block: int) -> None:
                             for c in range(BLOCK):
                                 store_f32(turned + _LINE * c + 4 * (part + r), load_f32(sums + 4 * (r * BLOCK + c)))
                 for c in range(min(side, rows - m)):
-                    _finish(
+                    finish(
                         load(turned + _LINE * c),
                         1.0,
                         load(scale + 4 * n),
@@ -410,7 +410,7 @@ def _multiply_widened_tiles(block: int) -> None:
                     row, column = (tile + part // 2) * TILE, n + part % 2 * TILE
                     weight_scale = load(scale + 4 * column)
                     for m in range(row, min(row + TILE, rows)):
-                        _finish(
+                        finish(
                             load(turned + 64 * (m - row)),
                             1.0,
                             weight_scale,

@@ -59,7 +59,7 @@ def quantize_row(
     start: int,
     given: int,
 ) -> float:
-    """-> the scale of row x; int8 to `q`, what `dot_bytes` starts with to `start`. `given`: its bound, 0: found."""
+    """-> the scale of row x; int8 to `q`, the int32 its sums begin with to `start`. `given`: its bound, 0: found."""
     _widen_row(x, length, is_bf16, columns, num_columns, kept, wide)
     bound: Any = load_f32(given) if given != 0 else _bound_of_row(wide, length)
     factor = broadcast(np.float32(127.0) / bound if bound > np.float32(1e-30) else np.float32(0.0))
@@ -68,7 +68,6 @@ def quantize_row(
         rounded = rint(mul(load(wide + 4 * i), factor))
         store_i8(q + i, rounded)
         total = add(total, rounded)
-    store(start, broadcast(np.float32(0.0)))
     store_i32(start, np.int32(-DOT_OFFSET * np.int64(sum_lanes(total))))
     return bound / np.float32(127.0)  # type: ignore[no-any-return]
 

@@ -20,6 +20,7 @@ from rayllm.parallel.fuse import fuse_projections
 from rayllm.parallel.load import load_shard, local_kv_heads, stage_layers
 from rayllm.parallel.mesh import Mesh
 from rayllm.parallel.pipeline import recv_hidden, send_hidden
+from rayllm.quant.int8_linear import pack_weights
 from rayllm.scheduler.batch import Batch, PositionLogprobs, SequenceResult, StepResult
 from rayllm_kernels import compile_kernels
 
@@ -47,6 +48,7 @@ class ModelRunner:
         quantize = config.model.quantize
         self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device, quantize=quantize).requires_grad_(False)
         fuse_projections(self._model)
+        pack_weights(self._model)
         if device.type == "cpu":
             compile_kernels()
         self._layout = KVLayout(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rayllm.models.decoder import Decoder
 from rayllm.models.layers import Linear
 from rayllm.models.quantization import Scheme
-from rayllm_kernels import w8a8_linear, w8a16_linear
+from rayllm_kernels import pack_weight, w8a8_linear, w8a16_linear
 
 
 class Int8Linear(Linear):
@@ -38,6 +38,11 @@ class Int8Linear(Linear):
     def set_weight(self, weight_NK: Tensor, scale_N1: Tensor) -> None:
         self.weight, self.weight_scale = _constant(weight_NK), _constant(scale_N1)
         self.out_features, self.in_features = weight_NK.shape
+
+    def pack(self) -> None:
+        """The weight as this processor's product reads it best, in its place; it can be sliced and joined no more."""
+        if self.scheme == "w8a8":
+            self.weight = _constant(pack_weight(self.weight))
 
     def set_outliers(self, columns_J: Tensor, weight_NJ: Tensor) -> None:
         self.outlier_columns = _constant(columns_J)
@@ -93,6 +98,13 @@ def to_int8(model: Decoder, schemes: Mapping[str, Scheme], *, outliers: bool) ->
                 outliers=outliers,
             )
             model.set_submodule(name, int8)
+
+
+def pack_weights(model: Decoder) -> None:
+    """Last of all that is done to a model, layer by layer, so that no more than one is held twice."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.pack()
 
 
 def linear_names(model: Decoder) -> list[str]:

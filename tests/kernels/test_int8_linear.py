@@ -1,5 +1,6 @@
 """int8 products against float64 through each of their loops, chosen by the limits."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from rayllm_kernels import (
+    pack_weight,
     quantize_rows,
     quantize_rows_reference,
     row_bounds,
     row_bounds_reference,
+    unpack_weight,
     w8a8_linear,
     w8a8_linear_reference,
     w8a16_linear,
@@ -23,10 +26,14 @@ from rayllm_kernels.amx import amx_problem
 from rayllm_kernels.dispatch import Int8Limits, int8_limits
 
 ALL_ROWS = 10**9
+_VECTORS = Int8Limits(
+    packed=False, tiles=False, vector_w8a8=ALL_ROWS, vector_float32=ALL_ROWS, vector_bfloat16=ALL_ROWS
+)
 LOOPS = {
-    "vector": Int8Limits(tiles=False, vector_w8a8=ALL_ROWS, vector_float32=ALL_ROWS, vector_bfloat16=ALL_ROWS),
-    "tile": Int8Limits(tiles=True, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
-    "torch": Int8Limits(tiles=False, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
+    "packed": dataclasses.replace(_VECTORS, packed=True, vector_w8a8=0),  # it has no W8A16 of its own
+    "vector": _VECTORS,
+    "tile": Int8Limits(packed=False, tiles=True, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
+    "torch": Int8Limits(packed=False, tiles=False, vector_w8a8=0, vector_float32=0, vector_bfloat16=0),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 needs_tiles = pytest.mark.skipif(amx_problem() is not None, reason=f"no AMX tiles: {amx_problem()}")
@@ -76,12 +83,17 @@ def exact_w8a8(case: Case, *, mixed: bool) -> Tensor:
     return out + kept @ case.outlier_weight[:, : kept.shape[1]].double().T + case.bias.double()
 
 
+def choose(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("rayllm_kernels.int8_linear", "rayllm_kernels.int8_packed"):
+        monkeypatch.setattr(sys.modules[module], "int8_limits", lambda: LOOPS[loop])
+
+
 @pytest.fixture
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make one loop serve every call, and the reference none."""
     name: str = request.param
+    choose(name, monkeypatch)
     module = sys.modules["rayllm_kernels.int8_linear"]
-    monkeypatch.setattr(module, "int8_limits", lambda: LOOPS[name])
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("served by the reference")
@@ -91,7 +103,7 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return name
 
 
-ALL_LOOPS = ["vector", pytest.param("tile", marks=needs_tiles), "torch"]
+ALL_LOOPS = ["packed", "vector", pytest.param("tile", marks=needs_tiles), "torch"]
 every_loop = pytest.mark.parametrize("loop", ALL_LOOPS, indirect=True)
 
 
@@ -102,7 +114,10 @@ every_loop = pytest.mark.parametrize("loop", ALL_LOOPS, indirect=True)
 def test_w8a8(loop: str, dtype: torch.dtype, outputs: int, length: int) -> None:
     for rows, mixed in pairs([1, 2, 5, 16, 17, 33, 65, 130], [False, True]):  # tiles gather the weights from 113 on
         case = make(rows, outputs, length, dtype)
-        result = w8a8_linear(case.x, case.weight, case.scale, case.bias, **(case.mixed if mixed else {}))
+        weight = pack_weight(case.weight)
+        assert (weight.dim() == 4) == (loop == "packed")
+        assert loop != "packed" or torch.equal(unpack_weight(weight), case.weight)
+        result = w8a8_linear(case.x, weight, case.scale, case.bias, **(case.mixed if mixed else {}))
         assert result.dtype == dtype
         exact = exact_w8a8(case, mixed=mixed)
         # The integers' sums are exact; float32 rounds what is made of them, bfloat16 the result.
@@ -131,11 +146,12 @@ def test_w8a16(loop: str, dtype: torch.dtype, outputs: int, length: int) -> None
 def test_w8a8_gives_the_same_bits_by_every_loop(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(40, 64, 576, dtype)
     results = []
-    for name in ("vector", "torch", *(["tile"] if amx_problem() is None else [])):
-        monkeypatch.setattr(sys.modules["rayllm_kernels.int8_linear"], "int8_limits", lambda name=name: LOOPS[name])
-        together = w8a8_linear(case.x, case.weight, case.scale, case.bias, **case.mixed)
+    for name in ("packed", "vector", "torch", *(["tile"] if amx_problem() is None else [])):
+        choose(name, monkeypatch)
+        weight = pack_weight(case.weight)
+        together = w8a8_linear(case.x, weight, case.scale, case.bias, **case.mixed)
         for i in (0, 15, 16, 39):
-            alone = w8a8_linear(case.x[i : i + 1], case.weight, case.scale, case.bias, **case.mixed)
+            alone = w8a8_linear(case.x[i : i + 1], weight, case.scale, case.bias, **case.mixed)
             assert torch.equal(alone[0], together[i])
         results.append(together)
     assert all(torch.equal(one, results[0]) for one in results)
@@ -149,7 +165,10 @@ def test_the_number_of_threads_changes_nothing(loop: str) -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(
-                (w8a8_linear(case.x, case.weight, case.scale), w8a16_linear(case.x, case.weight, case.scale))
+                (
+                    w8a8_linear(case.x, pack_weight(case.weight), case.scale),
+                    w8a16_linear(case.x, case.weight, case.scale),
+                )
             )
     finally:
         torch.set_num_threads(threads)
@@ -189,6 +208,7 @@ def check_slices(case: Case, width: int, *, mixed: bool, loss: float) -> None:
         if mixed:
             exact += x[:, columns].double() @ outlier_weight.double().T
             settings = {"outlier_columns_J": columns, "outlier_weight_NJ": outlier_weight}
+        weight = pack_weight(weight)
         found.append(row_bounds(x, columns if mixed else None))
         assert torch.equal(found[-1], row_bounds_reference(x, columns if mixed else None))
         result = w8a8_linear(x, weight, case.scale, **settings, row_bound_T1=bound)
@@ -235,12 +255,13 @@ def test_nan_and_infinity_stay_visible(loop: str) -> None:
     case = make(6, 64, 128, torch.bfloat16)
     case.x[1, 5] = torch.nan
     case.x[2, 6] = torch.inf
-    for result in (w8a8_linear(case.x, case.weight, case.scale), w8a16_linear(case.x, case.weight, case.scale)):
+    packed = pack_weight(case.weight)
+    for result in (w8a8_linear(case.x, packed, case.scale), w8a16_linear(case.x, case.weight, case.scale)):
         assert not result[1:3].isfinite().any()
         assert result[[0, 3, 4, 5]].isfinite().all()
     columns = torch.tensor([5], dtype=torch.int32)
     mixed = w8a8_linear(
-        case.x, case.weight, case.scale, outlier_columns_J=columns, outlier_weight_NJ=torch.ones(64, 1).bfloat16()
+        case.x, packed, case.scale, outlier_columns_J=columns, outlier_weight_NJ=torch.ones(64, 1).bfloat16()
     )
     assert not mixed[1].isfinite().any()
 
@@ -249,9 +270,9 @@ def test_nan_and_infinity_stay_visible(loop: str) -> None:
 def test_the_largest_sums_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     length = 65536
     weight, x = torch.full((32, length), -127, dtype=torch.int8), torch.ones(5, length)
-    for name in ("vector", "torch", *(["tile"] if amx_problem() is None else [])):
-        monkeypatch.setattr(sys.modules["rayllm_kernels.int8_linear"], "int8_limits", lambda name=name: LOOPS[name])
-        result = w8a8_linear(x, weight, torch.ones(32, 1))
+    for name in ("packed", "vector", "torch", *(["tile"] if amx_problem() is None else [])):
+        choose(name, monkeypatch)
+        result = w8a8_linear(x, pack_weight(weight), torch.ones(32, 1))
         torch.testing.assert_close(result, torch.full((5, 32), -127.0 * length))
 
 
@@ -267,6 +288,14 @@ def test_shapes_that_only_torch_serves(dtype: torch.dtype, rows: int, outputs: i
     result = w8a16_linear(case.x, case.weight, case.scale, case.bias).double()
     torch.testing.assert_close(result, exact, rtol=1e-2, atol=1e-3)
     assert w8a8_linear(case.x.view(1, rows, length), case.weight, case.scale).shape == (1, rows, outputs)
+
+
+@torch.inference_mode()
+def test_packed_weights_are_served_by_torch_where_the_loops_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose("packed", monkeypatch)
+    case = make(5, 32, 64, torch.float16)
+    packed, plain = (w8a8_linear(case.x, w, case.scale) for w in (pack_weight(case.weight), case.weight))
+    assert torch.equal(packed, plain)
 
 
 def test_limits_name_tiles_only_where_they_run() -> None:
