@@ -53,7 +53,10 @@ def run(
     ],
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     url: Annotated[
-        str | None, typer.Option("--url", help="An OpenAI-compatible endpoint, http://HOST:PORT, instead of a model.")
+        str | None,
+        typer.Option(
+            "--url", help="Instead of a model: http://HOST:PORT of an OpenAI-compatible endpoint, or grpc://."
+        ),
     ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option("--num-fewshot", help="Worked examples before each question [the task's own].", min=0)
@@ -115,15 +118,25 @@ def _open_backend(
     """`check_tasks` is called before a model is loaded, which takes long, but after an endpoint has been asked."""
     if url is not None:
         engine.refuse_with_url()
-        from rayllm.eval.http_backend import HttpBackend
-
-        backend = HttpBackend(url)
+        backend = _connect(url)
         check_tasks()
         return backend
     from rayllm.eval.local_backend import LocalBackend
 
     check_tasks()
     return LocalBackend.open(engine.config(model))
+
+
+def _connect(url: str) -> "Backend":
+    if url.startswith("grpc://"):
+        from rayllm.eval.grpc_backend import GrpcBackend
+
+        return GrpcBackend(url)
+    if url.startswith(("http://", "https://")):
+        from rayllm.eval.http_backend import HttpBackend
+
+        return HttpBackend(url)
+    raise ConfigError(f"--url: {url!r} begins with none of http://, https:// and grpc://")
 
 
 def _run_tasks(

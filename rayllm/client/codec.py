@@ -162,6 +162,8 @@ def model_info(message: pb.ModelInfoResponse) -> ModelInfo:
         vocab_size=message.vocab_size,
         eos_token_ids=tuple(message.eos_token_ids),
         has_chat_template=message.has_chat_template,
+        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
+        eos_token_id=message.eos_token_id if message.HasField("eos_token_id") else None,
     )
 
 

@@ -54,12 +54,17 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
+    """`eos_token_ids` end an answer. The other two are the tokenizer's own; None where it has none, or the server is
+    older and does not say."""
+
     model: str
     weight_version: str
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
+    bos_token_id: int | None
+    eos_token_id: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

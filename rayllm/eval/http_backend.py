@@ -27,8 +27,6 @@ class HttpBackend:
     """Raises EngineUnavailableError where nobody answers at the URL, RayLLMError for what is no such endpoint."""
 
     def __init__(self, url: str) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url: {url!r} begins with neither http:// nor https://")
         self._url = url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=_CONCURRENCY)
         self._client = httpx.Client(base_url=self._url, timeout=_TIMEOUT, limits=limits)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rayllm.core.errors import ConfigError
-from rayllm.core.types import SamplingParams
-from rayllm.engine.outputs import RequestOutput
+from rayllm.core.types import SamplingParams, TokenLogprobs
+from rayllm.engine.outputs import CompletionOutput
 from rayllm.eval.task import Likelihood, Loglikelihood, RollingLoglikelihood
 
 Tokens = tuple[int, ...]
@@ -126,6 +126,16 @@ def strided_windows(tokens: Sequence[int], window: int, stride: int) -> Iterator
             return
 
 
+class Scores(Protocol):
+    """What is read of an answer, whether the engine's or a client's."""
+
+    @property
+    def outputs(self) -> Sequence[CompletionOutput]: ...
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprobs | None] | None: ...
+
+
 @dataclass(slots=True)
 class ScoringCall:
     """One engine request for all spans that read the same tokens: those of choices that are one token long, say.
@@ -148,7 +158,7 @@ class ScoringCall:
             prompt_logprobs_start=self.first_target if scores_prompt else 1,
         )
 
-    def likelihoods(self, output: RequestOutput) -> Iterator[tuple[int, Likelihood]]:
+    def likelihoods(self, output: Scores) -> Iterator[tuple[int, Likelihood]]:
         """Of each span, with its owner."""
         read = (output.prompt_logprobs or [])[self.first_target :]
         scored = [position for position in read if position is not None]

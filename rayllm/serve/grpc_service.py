@@ -124,6 +124,8 @@ class InferenceServicer:
                 vocab_size=limits.vocab_size,
                 eos_token_ids=sorted(tokenizer.eos_token_ids),
                 has_chat_template=tokenizer.has_chat_template,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
             )
 
         return await _unary(grpc_context, pb.ModelInfoResponse, work)

@@ -104,6 +104,7 @@ class ScriptedServer(pb_grpc.InferenceServicer, health_pb2_grpc.HealthServicer):
             vocab_size=263,
             eos_token_ids=[5],
             has_chat_template=True,
+            eos_token_id=0,
         )
 
     async def Load(self, request: pb.LoadRequest, context: grpc.aio.ServicerContext) -> pb.LoadResponse:
@@ -323,6 +324,8 @@ async def test_the_small_calls(server, make_client):
             vocab_size=263,
             eos_token_ids=(5,),
             has_chat_template=True,
+            bos_token_id=None,
+            eos_token_id=0,
         )
         load = await client.load()
         assert isinstance(load, Load)

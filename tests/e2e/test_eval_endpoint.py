@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig
-from rayllm.core.errors import ConfigError, EngineUnavailableError, RayLLMError
+from rayllm.core.errors import CapacityError, ConfigError, EngineUnavailableError, RayLLMError
 from rayllm.eval.data import Data, Table
+from rayllm.eval.grpc_backend import GrpcBackend
 from rayllm.eval.http_backend import HttpBackend
 from rayllm.eval.local_backend import LocalBackend
 from rayllm.eval.task import Generate, Generated, Loglikelihood
@@ -34,14 +36,26 @@ def data(tmp_path_factory) -> Data:
 
 @pytest.fixture(scope="module")
 def local(tiny_model: Path) -> Iterator[LocalBackend]:
-    model = ModelConfig(model=str(tiny_model), max_model_len=510)
+    yield from opened(tiny_model, 510)
+
+
+@pytest.fixture(scope="module")
+def local_511(tiny_model: Path) -> Iterator[LocalBackend]:
+    """Over gRPC a prompt may be one token longer: the last one of a continuation is not sent."""
+    yield from opened(tiny_model, 511)
+
+
+def opened(tiny_model: Path, max_model_len: int) -> Iterator[LocalBackend]:
+    model = ModelConfig(model=str(tiny_model), max_model_len=max_model_len)
     backend = LocalBackend.open(EngineConfig(model=model, cache=CacheConfig(num_blocks=100)))
     yield backend
     backend.close()
 
 
-async def test_the_same_scores(server, local, data, tmp_path):
-    backend = await asyncio.to_thread(HttpBackend, server.url)
+@pytest.mark.parametrize("face", ["http", "grpc"])
+async def test_the_same_scores(face, server, local, local_511, data, tmp_path):
+    backend: Any = await asyncio.to_thread(connect, face, server)
+    local = local if face == "http" else local_511
     for task, shots in (("mmlu_anatomy", 2), ("piqa", 0), ("perplexity", 0)):
         run(task, local, data, tmp_path / "local", num_fewshot=shots)
         await asyncio.to_thread(run, task, backend, data, tmp_path / "served", num_fewshot=shots)
@@ -52,6 +66,10 @@ async def test_the_same_scores(server, local, data, tmp_path):
             assert theirs["weight_version"] == "w-0123456789abcdef"
     assert backend.usage.cached_tokens > 0
     backend.close()
+
+
+def connect(face: str, server: Any) -> HttpBackend | GrpcBackend:
+    return HttpBackend(server.url) if face == "http" else GrpcBackend(f"grpc://{server.grpc_address}")
 
 
 async def test_a_server_that_only_echoes(server, local, data, tmp_path):
@@ -71,8 +89,9 @@ async def test_a_server_that_only_echoes(server, local, data, tmp_path):
     backend.close()
 
 
-async def test_the_same_texts(server, local):
-    backend = await asyncio.to_thread(HttpBackend, server.url)
+@pytest.mark.parametrize("face", ["http", "grpc"])
+async def test_the_same_texts(face, server, local):
+    backend = await asyncio.to_thread(connect, face, server)
     requests = [
         Generate(prompt="and the", max_tokens=6),
         Generate(prompt="and the", max_tokens=6, temperature=1.0, n=3),
@@ -91,13 +110,52 @@ async def test_the_same_texts(server, local):
     backend.close()
 
 
-async def test_too_long_for_the_server(server):
-    backend = await asyncio.to_thread(HttpBackend, server.url)
-    with pytest.raises(ConfigError, match="longer than the 510 that the model reads"):
+@pytest.mark.parametrize(("face", "longest"), [("http", 510), ("grpc", 511)])
+async def test_too_long_for_the_server(face, longest, server):
+    backend = await asyncio.to_thread(connect, face, server)
+    with pytest.raises(ConfigError, match=f"longer than the {longest} that the model reads"):
         await asyncio.to_thread(
             backend.run, [Loglikelihood(context="a" * 600, continuation=" b")], [0], lambda index, response: None
         )
     backend.close()
+
+
+async def test_a_full_server_is_asked_again(server, local_511, monkeypatch):
+    """Each prompt is refused once."""
+    backend = await asyncio.to_thread(GrpcBackend, f"grpc://{server.grpc_address}")
+    prepare, refused = server.service.prepare, []
+
+    async def refuse_each_once(call):
+        if call.prompts[0] not in refused:
+            refused.append(call.prompts[0])
+            raise CapacityError("the queue is full", retry_after_s=0.01)
+        return await prepare(call)
+
+    monkeypatch.setattr(server.service, "prepare", refuse_each_once)
+    requests = [Loglikelihood(context="and", continuation=c) for c in (" the", " a", " of the")]
+    heard: dict[int, Any] = {}
+    await asyncio.to_thread(backend.run, requests, [0, 0, 0], heard.__setitem__)
+    expected: dict[int, Any] = {}
+    local_511.run(requests, [0, 0, 0], expected.__setitem__)
+    assert refused
+    assert {i: each.logprob for i, each in heard.items()} == pytest.approx(
+        {i: each.logprob for i, each in expected.items()}, abs=2e-5
+    )
+    backend.close()
+
+
+async def test_no_grpc_endpoint_there(server):
+    with pytest.raises(EngineUnavailableError, match=r"^grpc://127\.0\.0\.1:1: "):
+        GrpcBackend("grpc://127.0.0.1:1")
+    http_port = server.url.removeprefix("http://")
+    with pytest.raises(RayLLMError, match=f"^grpc://{http_port}: "):
+        await asyncio.to_thread(GrpcBackend, f"grpc://{http_port}")
+    other = grpc.aio.server()  # speaks gRPC, but not ours
+    port = other.add_insecure_port("127.0.0.1:0")
+    await other.start()
+    with pytest.raises(RayLLMError, match=r"is this an endpoint of rayllm's gRPC API\?"):
+        await asyncio.to_thread(GrpcBackend, f"grpc://127.0.0.1:{port}")
+    await other.stop(None)
 
 
 class _Odd(http.server.BaseHTTPRequestHandler):

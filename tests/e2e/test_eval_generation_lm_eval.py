@@ -17,7 +17,8 @@ from rayllm.eval.answers.boxed import last_boxed
 from rayllm.eval.data import Data
 from rayllm.eval.local_backend import LocalBackend
 from rayllm.eval.registry import find_task
-from rayllm.eval.task import Document, Generate, Task, choose_shots
+from rayllm.eval.task import Document, Generate, Generated, Task, choose_shots
+from rayllm.eval.tasks import kmmlu
 from rayllm.eval.tasks.math_data import SUBJECTS
 from rayllm.models.hub import resolve_model
 from tests import eval_runs
@@ -67,6 +68,51 @@ def test_random_shots_are_drawn_alike(tmp_path: Path) -> None:
     chosen = choose_shots(documents, pool, task.num_fewshot, task.shot_order)
     prompts = [task.prompt(document, shots) for document, shots in zip(documents, chosen, strict=True)]
     assert prompts == [each.prompt for each in asked(tmp_path, "gsm8k/gsm8k.yaml", files)]
+
+
+def reasoning_written(document: Document, i: int) -> str:
+    gold = "ABCD"[int(document.fields["answer"]) - 1]
+    ways = (
+        f" 따라서, 정답은 ({gold}) 입니다.",
+        f" 정답은 {gold}입니다. 아니, 정답은 (A) 입니다.",
+        f" 정답은 {gold}) {document.fields[gold]} 입니다!",
+        f" 정답은  ({gold.lower()}) 입니다.",
+        f" 정답은 ({gold})",
+        f" 정답은\n({gold}) 아마\n입니다.",
+        f" 정답은 무엇일까요? 정답은 ({gold}) 입니다",
+        " 정답은 (A), (B) 중 하나입니다.",
+        f"{gold}",
+        "",
+    )
+    return ways[i % len(ways)]
+
+
+@pytest.mark.parametrize("subject", kmmlu.GROUP_OF)
+def test_kmmlu_cot_hard(subject: str, tmp_path: Path) -> None:
+    """The hard questions are on the hub alone: the 225 that lm-eval carries stand in for them, in the same columns."""
+    file_name = subject.lower().replace("-", "_")
+    name, config = f"kmmlu_cot_hard_{file_name}", f"kmmlu/cot_hard/kmmlu_cot_hard_{file_name}.yaml"
+    task = find_task(name)
+    questions = find_task(f"kmmlu_dev_{file_name}").documents(Data(None))
+    rows = [{column: document.fields[column] for column in kmmlu.COLUMNS} for document in questions] * 2
+    path = write_table(tmp_path / "data", tables_of(name)[0], rows)
+    data, files = Data(tmp_path / "data"), {"test": path, "dev": path}
+    documents, pool = task.documents(data), task.shots(data)
+    theirs = asked(tmp_path, config, files)
+    (tmp_path / "configs" / "reference.yaml").unlink()
+    (tmp_path / "configs").rmdir()
+    chosen = choose_shots(documents, pool, task.num_fewshot, task.shot_order)
+    for document, shots, other in zip(documents, chosen, theirs, strict=True):
+        (request,) = task.requests(document, task.prompt(document, shots))
+        assert isinstance(request, Generate)
+        assert request.prompt == other.prompt
+        assert (request.until, request.max_tokens, request.temperature) == (other.until, other.max_tokens, 0.0)
+        assert not other.do_sample
+    texts = [reasoning_written(document, i) for i, document in enumerate(documents)]
+    verdicts = judged(tmp_path, config, files, texts)
+    scores = [task.score(document, [Generated(texts=(text,))]) for document, text in zip(documents, texts, strict=True)]
+    assert [score.extracted for score in scores] == [each.extracted["get-answer"] for each in verdicts]
+    assert [score.values for score in scores] == [each.metrics["get-answer"] for each in verdicts]
 
 
 def numbers_written(document: Document, i: int) -> str:

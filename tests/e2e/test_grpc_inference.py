@@ -112,6 +112,8 @@ async def test_tokenize_detokenize_model_info_and_load(server):
     info = await server.grpc.ModelInfo(pb.ModelInfoRequest())
     assert (info.model, info.weight_version, info.max_model_len) == (MODEL, WEIGHTS, 512)
     assert set(info.eos_token_ids) == server.engine.tokenizer.eos_token_ids
+    assert info.HasField("bos_token_id") == (server.engine.tokenizer.bos_token_id is not None)
+    assert info.eos_token_id == server.engine.tokenizer.eos_token_id
     load = await server.grpc.Load(pb.LoadRequest())
     stats = server.engine.stats()
     assert (load.running, load.total_blocks, load.steps) == (0, stats.total_blocks, stats.steps)

@@ -248,7 +248,8 @@ def test_generate_prints_text_and_applies_the_chat_template(rayllm, tiny_model: 
         (["eval", "--tasks", "piqa"], "give either a model or --url"),
         (["eval", "{model}", "--url", "http://127.0.0.1:1", "--tasks", "piqa"], "give either a model or --url"),
         (["eval", "--url", "http://127.0.0.1:1", "--tasks", "piqa"], "http://127.0.0.1:1: "),
-        (["eval", "--url", "grpc://127.0.0.1:1", "--tasks", "piqa"], "--url: 'grpc://127.0.0.1:1' begins with neither"),
+        (["eval", "--url", "grpc://127.0.0.1:1", "--tasks", "piqa"], "grpc://127.0.0.1:1: "),
+        (["eval", "--url", "127.0.0.1:1", "--tasks", "piqa"], "--url: '127.0.0.1:1' begins with none of http://"),
         (["eval", "{model}", "--tasks", "piqa", "--data", "/nowhere"], "/nowhere: no such folder. Get it"),
     ],
 )
