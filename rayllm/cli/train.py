@@ -22,6 +22,9 @@ Example: `rayllm train pretrain --config pretrain.toml --set optimizer.learning_
 SFT_EXAMPLES = """
 Example: `rayllm train sft --config sft.toml --set layout.shard=4`
 """
+RM_EXAMPLES = """
+Example: `rayllm train rm --config rm.toml --set layout.shard=2`
+"""
 DPO_EXAMPLES = """
 Example: `rayllm train dpo --config dpo.toml --set dpo.beta=0.3 --set dpo.loss=ipo_mean`
 """
@@ -63,6 +66,16 @@ def sft(config: Config, settings: Settings = None, address: Address = None, as_j
     Run again, it goes on from the run's last checkpoint. Each checkpoint is a model directory to serve or evaluate.
     """
     _train("sft", config, settings, address, as_json=as_json)
+
+
+@app.command("rm", epilog=RM_EXAMPLES)
+def rm(config: Config, settings: Settings = None, address: Address = None, as_json: Json = False) -> None:
+    """Learn a reward model from preference pairs: one number for an answer, higher for the better one.
+
+    Run again, it goes on from the run's last checkpoint. Each checkpoint is a model directory that transformers loads
+    as a sequence classifier of one label.
+    """
+    _train("rm", config, settings, address, as_json=as_json)
 
 
 @app.command("dpo", epilog=DPO_EXAMPLES)

@@ -114,18 +114,18 @@ class Checkpointer:
 
     def _finish(self, written: Future[Any], staging: Path, exported: dict[str, Tensor], state: TrainState) -> None:
         """In the thread."""
-        problem = None
+        problem, trainee = None, self._step.trainee
         try:
             if exported:
-                spec = self._step.trainee.decoder.spec
-                write_part_files(staging, self._mesh.pp_rank, stored_tensors(spec, exported))
+                tensors = stored_tensors(trainee.decoder.spec, exported, scores=trainee.scores)
+                write_part_files(staging, self._mesh.pp_rank, tensors)
             written.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = f"{type(error).__name__}: {error}"
         self._agree(problem)
         if dist.get_rank() == 0:
             join_part_files(staging)
-            write_config(self._source, staging, self._dtype)
+            write_config(self._source, staging, self._dtype, scores=trainee.scores)
             self._saved.publish(state)
             self._saved.prune(self._config)
 

@@ -4,6 +4,7 @@ Each pipeline stage writes its own files; one rank then names them and writes th
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,29 +14,36 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rayllm.core.tokenizer import Tokenizer
 from rayllm.models.checkpoint import INDEX, WEIGHTS
 from rayllm.models.families import weight_names
 from rayllm.models.spec import DecoderSpec
+from rayllm.train.gradients import HEAD
+from rayllm.train.initial import SCORE
 
 _PART_BYTES = 4 << 30
+_CAUSAL = re.compile("ForCausalLM$|LMHeadModel$")
 _METADATA = {"format": "pt"}
 
 
-def stored_tensors(spec: DecoderSpec, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stored_tensors(spec: DecoderSpec, parameters: Mapping[str, Tensor], *, scores: bool = False) -> dict[str, Tensor]:
     """Whole parameters by their names in the decoder -> tensors by their names in a checkpoint, a tied head left out.
 
-    What a family stores in one matrix has to be here in all its parts.
+    What a family stores in one matrix has to be here in all its parts. `scores`: the head is a reward model's.
     """
+    parameters = dict(parameters)
+    score = {SCORE: parameters.pop(HEAD).contiguous()} if scores and HEAD in parameters else {}
     names = weight_names(spec.family)
     pieces: dict[str, dict[int, Tensor]] = {}
     for name, value in parameters.items():
-        if name == "lm_head.weight" and spec.tie_word_embeddings:
+        if name == HEAD and spec.tie_word_embeddings:
             continue
         source = names.locate(name, tied=False, stored=(names.prefix,))
         pieces.setdefault(source.name, {})[source.part] = value.T if source.transposed and value.ndim == 2 else value
-    return {
+    whole = {
         name: torch.cat([parts[part] for part in sorted(parts)], dim=-1).contiguous() for name, parts in pieces.items()
     }
+    return {**whole, **score}
 
 
 def write_part_files(directory: Path, stage: int, tensors: Mapping[str, Tensor]) -> None:
@@ -70,12 +78,17 @@ def join_part_files(directory: Path) -> None:
     (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def write_config(source: Path, directory: Path, dtype: str) -> None:
+def write_config(source: Path, directory: Path, dtype: str, *, scores: bool = False) -> None:
     """config.json of the model that training started from, with the dtype of the new weights, and what lies beside it:
-    tokenizer, chat template, generation settings."""
+    tokenizer, chat template, generation settings. `scores`: as transformers describes a reward model."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
+    if scores:
+        config["architectures"] = [_CAUSAL.sub("ForSequenceClassification", one) for one in config["architectures"]]
+        config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}  # num_labels = 1
+        if config.get("pad_token_id") in Tokenizer.load(source).eos_token_ids:
+            config["pad_token_id"] = None  # else transformers would take the answer's end for padding
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in _companions(source):
         shutil.copyfile(path, directory / path.name)

@@ -1,4 +1,5 @@
-"""What a loss asks of the vocabulary projection, whether one rank holds the vocabulary or several hold parts of it.
+"""What a loss asks of the last projection: log-probabilities, whether one rank holds the vocabulary or several hold
+parts of it, or the single score of a reward model.
 
 Logits are made some rows at a time and never kept. Letters: T tokens, D hidden, V vocabulary (of this rank), C tokens
 of a chunk.
@@ -30,6 +31,11 @@ class Head:
         if self.group is None:
             return fused_linear_cross_entropy(hidden_TD, self.weight_VD, targets_T, IGNORE)
         return -self.log_probs(hidden_TD, targets_T).sum()
+
+    def scores(self, hidden_ND: Tensor) -> Tensor:
+        """-> [N] float32 or wider, of a head of one row, which is whole on every rank."""
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        return hidden_ND.to(wide) @ self.weight_VD[0].to(wide)
 
     def log_probs(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """-> [T] float32, each target's log-probability; 0 where it is `IGNORE`. The same on every rank of the group.

@@ -17,6 +17,7 @@ from rayllm.models.spec import DecoderSpec
 # A parameter of `Decoder.named_parameters()` and its whole shape -> its value, float32, the caller's to keep.
 InitialWeights = Callable[[str, tuple[int, ...]], Tensor]
 
+SCORE = "score.weight"  # [1, D], as transformers calls it
 _STD = 0.02
 
 
@@ -30,6 +31,18 @@ def stored_weights(checkpoint: Checkpoint) -> InitialWeights:
         return whole.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     return read
+
+
+def with_score(weights: InitialWeights, seed: int) -> InitialWeights:
+    """`weights`, and the head of a reward model: normal with deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), from the
+    seed alone."""
+
+    def weight(parameter: str, shape: tuple[int, ...]) -> Tensor:
+        if parameter != SCORE:
+            return weights(parameter, shape)
+        return torch.empty(shape).normal_(0, 1 / math.sqrt(shape[1] + 1), generator=_generator(seed, parameter))
+
+    return weight
 
 
 def random_weights(spec: DecoderSpec, seed: int) -> InitialWeights:
@@ -47,8 +60,11 @@ def random_weights(spec: DecoderSpec, seed: int) -> InitialWeights:
         deviation = _STD
         if module.endswith(("o_proj", "down_proj")):
             deviation /= math.sqrt(2 * spec.num_layers)
-        digest = hashlib.sha256(f"{seed} {parameter}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-        return torch.empty(shape).normal_(0, deviation, generator=generator)
+        return torch.empty(shape).normal_(0, deviation, generator=_generator(seed, parameter))
 
     return draw
+
+
+def _generator(seed: int, parameter: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {parameter}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

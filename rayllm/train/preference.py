@@ -90,14 +90,20 @@ def prepare_pairs(
     if dpo_loss(config.dpo).needs_reference:
         key = ReferenceKey.of(directory, dataset, config.model.compute_dtype)
         reference = _reference(_folder(config), key, dataset, trainee, mesh, config.batch.rows)
-    length = config.batch.sequence_length
+    shaped = shape_pairs(config, mesh)
 
     def prepare(batch: MicroBatch) -> MicroBatch:
-        if mesh.layout.pipeline > 1:
-            batch = batch.padded(2 * config.batch.rows * length, length)
-        return batch if reference is None else reference.attach(batch)
+        return shaped(batch) if reference is None else reference.attach(shaped(batch))
 
     return prepare
+
+
+def shape_pairs(config: TrainConfig, mesh: TrainMesh) -> Callable[[MicroBatch], MicroBatch]:
+    """-> what gives a micro-batch of pairs the one shape of all, where pipeline stages need it."""
+    length = config.batch.sequence_length
+    if mesh.layout.pipeline == 1:
+        return lambda batch: batch
+    return lambda batch: batch.padded(2 * config.batch.rows * length, length)
 
 
 def _folder(config: TrainConfig) -> Path:

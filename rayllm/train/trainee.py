@@ -7,6 +7,7 @@ of a micro-batch, D hidden, V vocabulary.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,24 +19,30 @@ from torch.utils.checkpoint import checkpoint
 from rayllm.models.checkpoint import DTYPES
 from rayllm.models.context import DenseContext
 from rayllm.models.decoder import Decoder
-from rayllm.models.layers import Block
+from rayllm.models.layers import Block, Linear
 from rayllm.models.spec import DecoderSpec
 from rayllm.parallel.pipeline import keep_stage
 from rayllm.train.batch import MicroBatch
 from rayllm.train.config import ModelConfig, check_layout
 from rayllm.train.head import Head
-from rayllm.train.initial import InitialWeights
+from rayllm.train.initial import SCORE, InitialWeights
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
 from rayllm.train.tensor import split_module
 
 
 class Trainee(nn.Module):
-    """The unit that is sharded, pipelined and called. `decoder` keeps its names."""
+    """The unit that is sharded, pipelined and called. `decoder` keeps its names.
 
-    def __init__(self, decoder: Decoder, objective: Objective, mesh: TrainMesh, dtype: torch.dtype) -> None:
+    `scores`: the decoder's head is a single row, which is whole on every tensor rank: that of a reward model.
+    """
+
+    def __init__(
+        self, decoder: Decoder, objective: Objective, mesh: TrainMesh, dtype: torch.dtype, *, scores: bool
+    ) -> None:
         super().__init__()
         self.decoder = decoder
+        self.scores = scores
         self.dtype = dtype  # of the computation
         self.objective = objective
         self._tp_group = mesh.group("tensor") if mesh.layout.tensor > 1 else None
@@ -74,14 +81,27 @@ class Trainee(nn.Module):
 
 
 def build_trainee(
-    spec: DecoderSpec, weights: InitialWeights, objective: Objective, mesh: TrainMesh, config: ModelConfig
+    spec: DecoderSpec,
+    weights: InitialWeights,
+    objective: Objective,
+    mesh: TrainMesh,
+    config: ModelConfig,
+    *,
+    scores: bool = False,
 ) -> Trainee:
-    """Raises ConfigError, before a weight is asked for, where the model cannot be split so."""
+    """`scores`: with the head of a reward model in the place of the vocabulary's, `SCORE` among the weights.
+
+    Raises ConfigError, before a weight is asked for, where the model cannot be split so.
+    """
     check_layout(spec, mesh.layout)
+    if scores:
+        spec = replace(spec, tie_word_embeddings=False)
     with torch.device("meta"):
         decoder = Decoder(spec)
+        if scores:
+            decoder.lm_head = Linear(spec.hidden_size, 1, bias=False)
     keep_stage(decoder, mesh.stage)
-    trainee = Trainee(decoder, objective, mesh, DTYPES[config.compute_dtype])
+    trainee = Trainee(decoder, objective, mesh, DTYPES[config.compute_dtype], scores=scores)
     for number, block in decoder.layers.items():
         name = f"layers.{number}"
         _materialize(block, name, weights, mesh)
@@ -95,7 +115,8 @@ def build_trainee(
         module = getattr(decoder, name)
         ties = name == "lm_head" and spec.tie_word_embeddings and decoder.embed_tokens is not None
         if module is not None and not ties:
-            _materialize(module, name, weights, mesh)
+            is_score = name == "lm_head" and scores
+            _materialize(module, SCORE.removesuffix(".weight") if is_score else name, weights, mesh)
     decoder.tie_weights()
     _shard(trainee, mesh, config)
     return trainee

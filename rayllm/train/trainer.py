@@ -24,7 +24,7 @@ from rayllm.train.data.cursor import Cursor
 from rayllm.train.data.dataset import PackedDataset
 from rayllm.train.data.loader import Loader
 from rayllm.train.data.rows import Kind
-from rayllm.train.initial import InitialWeights, random_weights, stored_weights
+from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_score
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
 from rayllm.train.progress import Progress, ProgressWriter
@@ -42,11 +42,13 @@ Prepare = Callable[[TrainConfig, Path, PackedDataset, Trainee, TrainMesh], Calla
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """What distinguishes one command from another: the data it reads, what is minimised, what it refuses beside what
-    all do, and what its micro-batches need to know that is not in the data."""
+    all do, and what its micro-batches need to know that is not in the data. `scores`: what is trained is a reward
+    model, whose head gives a number and no vocabulary."""
 
     name: str
     kind: Kind
     objective: Callable[[TrainConfig], Objective]
+    scores: bool = False
     check: Check = lambda config, directory, dataset: None
     prepare: Prepare = lambda config, directory, dataset, trainee, mesh: lambda batch: batch
 
@@ -73,7 +75,7 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     if not len(dataset):
         raise DataError(f"{config.data.path}: holds no rows")
     dataset.check_tokenizer(Tokenizer.load(directory))
-    if recipe.kind is not Kind.PREFERENCE and config.dpo != DpoConfig():
+    if recipe.name != "dpo" and config.dpo != DpoConfig():
         raise ConfigError(f"dpo: {recipe.name} has no use for it; only `rayllm train dpo` has")
     recipe.check(config, directory, dataset)
 
@@ -85,8 +87,10 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     directory = resolve_model(config.model.start)
     mesh = TrainMesh(config.layout, device)
     spec, weights = _start(config, directory)
+    if recipe.scores:
+        weights = with_score(weights, config.model.seed)
     objective = recipe.objective(config)
-    trainee = build_trainee(spec, weights, objective, mesh, config.model)
+    trainee = build_trainee(spec, weights, objective, mesh, config.model, scores=recipe.scores)
     step = TrainStep(trainee, objective, mesh, config.optimizer)
     checkpointer = Checkpointer(run, directory, step, mesh, config.checkpoint, config.model.save_dtype)
     dataset = PackedDataset(Path(config.data.path))

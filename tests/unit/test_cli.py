@@ -63,6 +63,7 @@ FROZEN = {
     "train": "",
     "train pretrain": "--config --set --address --json",
     "train sft": "--config --set --address --json",
+    "train rm": "--config --set --address --json",
     "train dpo": "--config --set --address --json",
     "parity": "model --tp --pp --dtype --int8 --prompts --bound --json",
     "plan": (

@@ -1,4 +1,4 @@
-"""From the log-probabilities of tokens to those of the answers of preference pairs."""
+"""From what is known of tokens, or of whole documents, to the answers of preference pairs."""
 
 from dataclasses import dataclass
 
@@ -37,14 +37,21 @@ def pair_logps(log_probs_T: Tensor, batch: MicroBatch) -> PairLogps:
     )
 
 
+def pair_scores(scores_N: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """[P] each, of the chosen and of the rejected documents, from one value for each. What pads the batch is left
+    out."""
+    _, tokens_N = _document_sums(torch.zeros_like(batch.targets_T, dtype=scores_N.dtype), batch)
+    (chosen_P, rejected_P), (chosen_tokens_P, _) = _halves(scores_N), _halves(tokens_N)
+    is_pair_P = chosen_tokens_P > 0
+    return chosen_P[is_pair_P], rejected_P[is_pair_P]
+
+
 def reference_logps(values_N: Tensor, policy: PairLogps, batch: MicroBatch) -> PairLogps:
     """The same of values that were stored for each document; see `rayllm.train.data.reference`."""
-    _, tokens_N = _document_sums(torch.zeros_like(batch.targets_T, dtype=values_N.dtype), batch)
-    (chosen_P, rejected_P), (chosen_tokens_P, _) = _halves(values_N), _halves(tokens_N)
-    is_pair_P = chosen_tokens_P > 0
+    chosen_P, rejected_P = pair_scores(values_N, batch)
     return PairLogps(
-        chosen_P=chosen_P[is_pair_P],
-        rejected_P=rejected_P[is_pair_P],
+        chosen_P=chosen_P,
+        rejected_P=rejected_P,
         chosen_tokens_P=policy.chosen_tokens_P,
         rejected_tokens_P=policy.rejected_tokens_P,
     )
