@@ -15,14 +15,15 @@ import torch
 from timing import Figure, Timer, main
 from torch.nn import functional as F
 
-from rayllm_kernels import compile_kernels, linear, quantize_rows, w8a8_linear, w8a16_linear
+from rayllm_kernels import compile_kernels, linear, pack_weight, quantize_rows, w8a8_linear, w8a16_linear
 
 if TYPE_CHECKING:
     from rayllm_kernels.gpu.int8_linear import Tiles
 
-_CPU_SHAPES = [(4096, 1024), (960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)]  # outputs, length
+# Outputs, length.
+_CPU_SHAPES = [(4096, 1024), (1024, 4096), (960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)]
 _CUDA_SHAPES = [(4096, 4096), (6144, 4096), (4096, 14336)]
-_CPU_ROWS, _CUDA_ROWS = [1, 4, 16, 64, 256, 512], [1, 16, 64, 256, 1024, 4096]
+_CPU_ROWS, _CUDA_ROWS = [1, 4, 16, 32, 64, 128, 256, 512], [1, 16, 64, 256, 1024, 4096]
 
 
 def calls(
@@ -40,10 +41,11 @@ def calls(
         q, _ = quantize_rows(x)
         yield "bf16 ours", lambda i: linear(x, bf16[i])
         yield "_int_mm alone", lambda i: torch._int_mm(q, int8[i].t())
-    yield "w8a8", lambda i: w8a8_linear(x, int8[i], scale)
+    packed = [pack_weight(weight) for weight in int8]
+    yield "w8a8", lambda i: w8a8_linear(x, packed[i], scale)
     yield (
         "w8a8, 16 outliers",
-        lambda i: w8a8_linear(x, int8[i], scale, outlier_columns_J=columns, outlier_weight_NJ=outliers),
+        lambda i: w8a8_linear(x, packed[i], scale, outlier_columns_J=columns, outlier_weight_NJ=outliers),
     )
     yield "w8a16", lambda i: w8a16_linear(x, int8[i], scale)
     if device == "cuda":
