@@ -86,6 +86,7 @@ class Checkpoint:
                 directory, "is a file, not a directory" if directory.exists() else "no such directory"
             )
         config = _read_json(directory / "config.json")
+        _check_writes_text(directory, config)
         spec = spec_from_config(config)
         origin, files = _open_weights(directory)
         quantization = read_quantization(config)
@@ -139,6 +140,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(path, f"must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def _check_writes_text(directory: Path, config: Mapping[str, Any]) -> None:
+    """The tensors do not tell: with a tied head, a classifier has all that a language model has."""
+    for name in config.get("architectures") or ():
+        if str(name).endswith("ForSequenceClassification"):
+            raise CheckpointError(directory, f"is a reward model or another classifier ({name}), which writes no text")
 
 
 def _open_weights(directory: Path) -> tuple[Path, dict[str, "_File"]]:

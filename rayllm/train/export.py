@@ -85,7 +85,8 @@ def write_config(source: Path, directory: Path, dtype: str, *, scores: bool = Fa
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     if scores:
-        config["architectures"] = [_CAUSAL.sub("ForSequenceClassification", one) for one in config["architectures"]]
+        names = config.get("architectures") or ()
+        config["architectures"] = [_CAUSAL.sub("ForSequenceClassification", name) for name in names]
         config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}  # num_labels = 1
         if config.get("pad_token_id") in Tokenizer.load(source).eos_token_ids:
             config["pad_token_id"] = None  # else transformers would take the answer's end for padding

@@ -97,6 +97,14 @@ def test_unsupported_config_is_refused_before_weights_are_looked_at(llama: Path)
         Checkpoint.open(llama)
 
 
+def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
+    """It has all the tensors of one where the head is tied."""
+    save_tiny(tmp_path, "llama-mqa-tied")
+    Checkpoint.open(tmp_path)
+    set_config(tmp_path, architectures=["LlamaForSequenceClassification"])
+    refused(tmp_path, "", "LlamaForSequenceClassification")
+
+
 @pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])
 def test_truncated_file(llama: Path, kept: int) -> None:
     content = (llama / WEIGHTS).read_bytes()
