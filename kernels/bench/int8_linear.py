@@ -41,7 +41,7 @@ def calls(
         q, _ = quantize_rows(x)
         yield "bf16 ours", lambda i: linear(x, bf16[i])
         yield "_int_mm alone", lambda i: torch._int_mm(q, int8[i].t())
-    packed = [pack_weight(weight) for weight in int8]
+    packed = [pack_weight(weight, x.dtype) for weight in int8]
     yield "w8a8", lambda i: w8a8_linear(x, packed[i], scale)
     yield (
         "w8a8, 16 outliers",

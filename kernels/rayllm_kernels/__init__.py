@@ -22,7 +22,7 @@ from rayllm_kernels.int8_linear import (
     w8a16_linear,
     w8a16_linear_reference,
 )
-from rayllm_kernels.int8_packed import pack_weight, unpack_weight
+from rayllm_kernels.int8_packed import pack_weight
 from rayllm_kernels.linear import linear, linear_reference
 from rayllm_kernels.native import compile_kernels
 from rayllm_kernels.paged_attention import paged_attention, paged_attention_reference
@@ -70,7 +70,6 @@ __all__ = [
     "silu_mul_reference",
     "store_kv",
     "store_kv_reference",
-    "unpack_weight",
     "w8a8_linear",
     "w8a8_linear_reference",
     "w8a16_linear",

@@ -162,8 +162,13 @@ def w8a8_linear(
     weight_JN = None if columns is None or outlier_weight_NJ is None else outlier_weight_NJ.t().contiguous()
     if weight.dim() == 4 and _compiled(x, None, scale_N1, bias_N):
         out = empty((*x.shape[:-1], outputs), x)
-        finish = _epilogue(out, scale_N1, bias_N, weight_JN)
-        _multiply_packed(x.view(rows, length), weight, finish, columns, row_bound_T1)
+        x_parts, out_parts = x.view(rows, length), out.view(rows, outputs)
+        for first in range(0, rows, _ROWS):
+            part = slice(first, first + _ROWS)
+            finish = _epilogue(out_parts[part], scale_N1, bias_N, weight_JN)
+            _multiply_packed(
+                x_parts[part], weight, finish, columns, None if row_bound_T1 is None else row_bound_T1[part]
+            )
         return out
     weight_NK = unpack_weight(weight) if weight.dim() == 4 else weight
     if rows > 0 and on_triton("w8a8_linear", x):

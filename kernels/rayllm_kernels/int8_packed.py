@@ -28,13 +28,14 @@ from rayllm_kernels.simd import (
 )
 
 
-def pack_weight(weight_NK: Tensor) -> Tensor:
+def pack_weight(weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 [N, K] -> uint8 [N / 32, K / 4, 32, 4], where `w8a8_linear` is faster with it; elsewhere the weight itself.
 
-    A copy, to be held in the place of the weight.
+    A copy, to be held in the place of the weight. `dtype`: of the x that it will be multiplied with.
     """
     outputs, length = weight_NK.shape
-    if not (weight_NK.is_cpu and int8_limits().packed and outputs % PANEL == 0 and length % CACHE_LINE == 0):
+    is_faster = int8_limits().packed and weight_NK.is_cpu and dtype in (torch.float32, torch.bfloat16)
+    if not is_faster or outputs % PANEL != 0 or length % CACHE_LINE != 0:
         return weight_NK
     panels = weight_NK.view(outputs // PANEL, PANEL, length // 4, 4).transpose(1, 2).contiguous()
     return panels.view(torch.uint8).bitwise_xor_(DOT_OFFSET)
@@ -48,25 +49,27 @@ def unpack_weight(packed: Tensor) -> Tensor:
 
 @inlined
 def _pack_rows(
+    task: int,
     x: int,
     rows: int,
     length: int,
     is_bf16: int,
     columns: int,
     num_columns: int,
-    kept: int,
     bounds: int,
     packed: int,
     scales: int,
     starts: int,
+    kept: int,
     work: int,
 ) -> None:
-    """At most 12 rows of x, int8 and packed [K / 4, 16, 4]; the other rows zero. `work`: `_work_bytes` of it."""
-    wide = work
-    zeros = wide + 4 * length
+    """The task's 12 rows of x, int8 and packed [K / 4, 16, 4]; those past the end zero. `work`: `_work_bytes` of it."""
+    first = task * PANEL_ROWS
+    many = min(PANEL_ROWS, rows - first)
+    zeros = work + 4 * length
     q = zeros + CACHE_LINE
     store(zeros, broadcast(np.float32(0.0)))
-    for m in range(rows):
+    for m in range(first, first + many):
         value = quantize_row(
             x + m * length * (2 if is_bf16 else 4),
             length,
@@ -74,13 +77,13 @@ def _pack_rows(
             columns,
             num_columns,
             kept + 4 * m * num_columns,
-            wide,
-            q + m * length,
+            work,
+            q + (m - first) * length,
             starts + 4 * m,
             bounds + 4 * m if bounds != 0 else 0,
         )
         store_f32(scales + 4 * m, value)
-    pack(q, rows, length, zeros, packed)
+    pack(q, many, length, zeros, packed + task * TILE * length)
 
 
 @inlined
@@ -97,21 +100,7 @@ def _pack_all_rows(block: int) -> None:
     work = scratch.ctypes.data
     task = next_task(block)
     while task >= 0:
-        first = task * PANEL_ROWS
-        _pack_rows(
-            x + first * length * (2 if is_bf16 else 4),
-            min(PANEL_ROWS, rows - first),
-            length,
-            is_bf16,
-            columns,
-            num_columns,
-            kept + 4 * first * num_columns,
-            bounds + 4 * first if bounds != 0 else 0,
-            packed + task * TILE * length,
-            scales + 4 * first,
-            starts + 4 * first,
-            work,
-        )
+        _pack_rows(task, x, rows, length, is_bf16, columns, num_columns, bounds, packed, scales, starts, kept, work)
         task = next_task(block)
     scratch[0] = 0  # numba frees an array after its last use, and addresses are no use
 
@@ -160,21 +149,8 @@ def _multiply_packed(block: int) -> None:
         starts = scales + 4 * blocks * PANEL_ROWS
         kept = starts + 4 * blocks * PANEL_ROWS
         work = kept + 4 * blocks * PANEL_ROWS * num_columns
-        for m in range(0, rows, PANEL_ROWS):
-            _pack_rows(
-                x + m * length * (2 if is_bf16 else 4),
-                min(PANEL_ROWS, rows - m),
-                length,
-                is_bf16,
-                columns,
-                num_columns,
-                kept + 4 * m * num_columns,
-                bounds + 4 * m if bounds != 0 else 0,
-                packed + m // PANEL_ROWS * TILE * length,
-                scales + 4 * m,
-                starts + 4 * m,
-                work,
-            )
+        for i in range(blocks):
+            _pack_rows(i, x, rows, length, is_bf16, columns, num_columns, bounds, packed, scales, starts, kept, work)
     item = 2 if is_bf16 else 4
     task = next_task(block)
     while task >= 0:

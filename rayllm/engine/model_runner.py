@@ -48,7 +48,7 @@ class ModelRunner:
         quantize = config.model.quantize
         self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device, quantize=quantize).requires_grad_(False)
         fuse_projections(self._model)
-        pack_weights(self._model)
+        pack_weights(self._model, dtype)
         if device.type == "cpu":
             compile_kernels()
         self._layout = KVLayout(

@@ -39,10 +39,11 @@ class Int8Linear(Linear):
         self.weight, self.weight_scale = _constant(weight_NK), _constant(scale_N1)
         self.out_features, self.in_features = weight_NK.shape
 
-    def pack(self) -> None:
-        """The weight as this processor's product reads it best, in its place; it can be sliced and joined no more."""
+    def pack(self, dtype: torch.dtype) -> None:
+        """The weight as this processor's product with inputs of `dtype` reads it best, in its place; it can be sliced
+        and joined no more."""
         if self.scheme == "w8a8":
-            self.weight = _constant(pack_weight(self.weight))
+            self.weight = _constant(pack_weight(self.weight, dtype))
 
     def set_outliers(self, columns_J: Tensor, weight_NJ: Tensor) -> None:
         self.outlier_columns = _constant(columns_J)
@@ -100,11 +101,12 @@ def to_int8(model: Decoder, schemes: Mapping[str, Scheme], *, outliers: bool) ->
             model.set_submodule(name, int8)
 
 
-def pack_weights(model: Decoder) -> None:
-    """Last of all that is done to a model, layer by layer, so that no more than one is held twice."""
+def pack_weights(model: Decoder, dtype: torch.dtype) -> None:
+    """Last of all that is done to a model that computes in `dtype`, layer by layer, so that no more than one is held
+    twice."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
-            module.pack()
+            module.pack(dtype)
 
 
 def linear_names(model: Decoder) -> list[str]:

@@ -17,13 +17,13 @@ from rayllm_kernels import (
     quantize_rows_reference,
     row_bounds,
     row_bounds_reference,
-    unpack_weight,
     w8a8_linear,
     w8a8_linear_reference,
     w8a16_linear,
 )
 from rayllm_kernels.amx import amx_problem
 from rayllm_kernels.dispatch import Int8Limits, int8_limits
+from rayllm_kernels.int8_packed import unpack_weight
 
 ALL_ROWS = 10**9
 _VECTORS = Int8Limits(
@@ -112,9 +112,11 @@ every_loop = pytest.mark.parametrize("loop", ALL_LOOPS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "length"), [(96, 576), (32, 64), (320, 1536)])
 def test_w8a8(loop: str, dtype: torch.dtype, outputs: int, length: int) -> None:
-    for rows, mixed in pairs([1, 2, 5, 16, 17, 33, 65, 130], [False, True]):  # tiles gather the weights from 113 on
+    for rows, mixed in pairs(
+        [1, 2, 5, 16, 17, 33, 65, 130, 515], [False, True]
+    ):  # tiles gather the weights from 113 on
         case = make(rows, outputs, length, dtype)
-        weight = pack_weight(case.weight)
+        weight = pack_weight(case.weight, case.x.dtype)
         assert (weight.dim() == 4) == (loop == "packed")
         assert loop != "packed" or torch.equal(unpack_weight(weight), case.weight)
         result = w8a8_linear(case.x, weight, case.scale, case.bias, **(case.mixed if mixed else {}))
@@ -148,7 +150,7 @@ def test_w8a8_gives_the_same_bits_by_every_loop(dtype: torch.dtype, monkeypatch:
     results = []
     for name in ("packed", "vector", "torch", *(["tile"] if amx_problem() is None else [])):
         choose(name, monkeypatch)
-        weight = pack_weight(case.weight)
+        weight = pack_weight(case.weight, case.x.dtype)
         together = w8a8_linear(case.x, weight, case.scale, case.bias, **case.mixed)
         for i in (0, 15, 16, 39):
             alone = w8a8_linear(case.x[i : i + 1], weight, case.scale, case.bias, **case.mixed)
@@ -166,7 +168,7 @@ def test_the_number_of_threads_changes_nothing(loop: str) -> None:
             torch.set_num_threads(count)
             results.append(
                 (
-                    w8a8_linear(case.x, pack_weight(case.weight), case.scale),
+                    w8a8_linear(case.x, pack_weight(case.weight, case.x.dtype), case.scale),
                     w8a16_linear(case.x, case.weight, case.scale),
                 )
             )
@@ -208,7 +210,7 @@ def check_slices(case: Case, width: int, *, mixed: bool, loss: float) -> None:
         if mixed:
             exact += x[:, columns].double() @ outlier_weight.double().T
             settings = {"outlier_columns_J": columns, "outlier_weight_NJ": outlier_weight}
-        weight = pack_weight(weight)
+        weight = pack_weight(weight, x.dtype)
         found.append(row_bounds(x, columns if mixed else None))
         assert torch.equal(found[-1], row_bounds_reference(x, columns if mixed else None))
         result = w8a8_linear(x, weight, case.scale, **settings, row_bound_T1=bound)
@@ -255,7 +257,7 @@ def test_nan_and_infinity_stay_visible(loop: str) -> None:
     case = make(6, 64, 128, torch.bfloat16)
     case.x[1, 5] = torch.nan
     case.x[2, 6] = torch.inf
-    packed = pack_weight(case.weight)
+    packed = pack_weight(case.weight, case.x.dtype)
     for result in (w8a8_linear(case.x, packed, case.scale), w8a16_linear(case.x, case.weight, case.scale)):
         assert not result[1:3].isfinite().any()
         assert result[[0, 3, 4, 5]].isfinite().all()
@@ -272,7 +274,7 @@ def test_the_largest_sums_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.full((32, length), -127, dtype=torch.int8), torch.ones(5, length)
     for name in ("packed", "vector", "torch", *(["tile"] if amx_problem() is None else [])):
         choose(name, monkeypatch)
-        result = w8a8_linear(x, pack_weight(weight), torch.ones(32, 1))
+        result = w8a8_linear(x, pack_weight(weight, x.dtype), torch.ones(32, 1))
         torch.testing.assert_close(result, torch.full((5, 32), -127.0 * length))
 
 
@@ -293,9 +295,13 @@ def test_shapes_that_only_torch_serves(dtype: torch.dtype, rows: int, outputs: i
 @torch.inference_mode()
 def test_packed_weights_are_served_by_torch_where_the_loops_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     choose("packed", monkeypatch)
-    case = make(5, 32, 64, torch.float16)
-    packed, plain = (w8a8_linear(case.x, w, case.scale) for w in (pack_weight(case.weight), case.weight))
-    assert torch.equal(packed, plain)
+    case = make(5, 32, 64, torch.bfloat16)
+    packed = pack_weight(case.weight, torch.bfloat16)
+    assert packed.dim() == 4
+    with torch.inference_mode(False), torch.enable_grad():  # which the loops do not know
+        results = [w8a8_linear(case.x, weight, case.scale) for weight in (packed, case.weight)]
+    assert torch.equal(*results)
+    assert pack_weight(case.weight, torch.float16) is case.weight
 
 
 def test_limits_name_tiles_only_where_they_run() -> None:
