@@ -10,19 +10,21 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from rayllm.core.config import CacheConfig
-from rayllm.core.errors import ConfigError, DataError, TrainingError
+from rayllm.core.errors import CheckpointError, ConfigError, DataError, TrainingError
+from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
 from rayllm.train.config_file import read_train_config
-from rayllm.train.data.pack import PackSettings, pack, prepare
 from rayllm.train.data.rows import Kind
-from rayllm.train.data.tokenize import tokenize_chunk
 from rayllm.train.launch import launch
 from rayllm.train.progress import Progress, read_metrics
 from rayllm.train.saved import SavedRun
 from rayllm_cluster.session import Session
+from tests.packed_rows import pack_rows
 
 pytestmark = pytest.mark.ray
 
@@ -31,15 +33,8 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("data")
     rows = [{"text": f"the cat {n % 7} sat on the mat and the dog {n % 3} sat. " * 4} for n in range(200)]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PackSettings(kind=Kind.TEXT, sequence_length=LENGTH)
-    pack(
-        prepare([folder / "a.jsonl"], folder / "packed", tiny_model, settings),
-        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
-    )
-    return folder / "packed"
+    return pack_rows(tmp_path_factory.mktemp("data"), tiny_model, Kind.TEXT, rows, LENGTH)
 
 
 @pytest.fixture
@@ -97,17 +92,17 @@ def test_a_run_learns_and_is_served(session: Session, file: Path, tmp_path: Path
 def test_tuning_learns_the_answers_and_no_more(session: Session, file: Path, tmp_path: Path, tiny_model: Path) -> None:
     """In stages whose weights are sharded, in bfloat16. The questions are noise, which nothing could learn."""
     turns = [
-        [{"role": "user", "content": f"{n * 7919 % 1000}"}, {"role": "assistant", "content": "the cat"}]
+        {
+            "messages": [
+                {"role": "user", "content": f"{n * 7919 % 1000}"},
+                {"role": "assistant", "content": "the cat"},
+            ]
+        }
         for n in range(60)
     ]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
-    settings = PackSettings(kind=Kind.CHAT, sequence_length=LENGTH)
-    pack(
-        prepare([tmp_path / "chat.jsonl"], tmp_path / "chat", tiny_model, settings),
-        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
-    )
+    chats = pack_rows(tmp_path / "chat", tiny_model, Kind.CHAT, turns, LENGTH)
     layout = ["layout.pipeline=2", "layout.shard=2", "model.compute_dtype=bfloat16", "model.save_dtype=bfloat16"]
-    launch(read_train_config(file, [f"data.path={tmp_path / 'chat'}", "model.random=false", *layout]), "sft")
+    launch(read_train_config(file, [f"data.path={chats}", "model.random=false", *layout]), "sft")
     metrics = read_metrics(tmp_path / "run")
     assert metrics[-1].loss < 0.2 < metrics[0].loss
     saved = SavedRun(tmp_path / "run").latest()
@@ -156,19 +151,19 @@ def test_command_line(file: Path, tmp_path: Path) -> None:
     assert "step 3/3  loss" in result.stderr
 
 
-def test_preferences_are_learnt_from_the_command_line_and_served(file: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """To answer with one word and not with another, whatever the question; half of the run after a new start."""
+def cat_and_dog(folder: Path, tokenizer: Path) -> list[str]:
+    """Settings to learn to answer with one word and not with another, whatever the question."""
     rows = [{"prompt": f"{n * 7919 % 1000}", "chosen": " cat", "rejected": " dog"} for n in range(24)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PackSettings(kind=Kind.PREFERENCE, sequence_length=LENGTH)
-    pack(
-        prepare([tmp_path / "pairs.jsonl"], tmp_path / "pairs", tiny_model, settings),
-        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
-    )
-    changes = [
-        *(f"data.path={tmp_path / 'pairs'}", "model.random=false", f"batch.tokens={8 * LENGTH}", "batch.rows=2"),
-        *("layout.shard=2", "optimizer.learning_rate=1e-3", "schedule.kind=constant", "dpo.beta=0.2"),
+    pairs = pack_rows(folder / "pairs", tokenizer, Kind.PREFERENCE, rows, LENGTH)
+    return [
+        *(f"data.path={pairs}", "model.random=false", f"batch.tokens={8 * LENGTH}", "batch.rows=2"),
+        *("layout.shard=2", "optimizer.learning_rate=1e-3", "schedule.kind=constant"),
     ]
+
+
+def test_preferences_are_learnt_from_the_command_line_and_served(file: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Half of the run after a new start."""
+    changes = [*cat_and_dog(tmp_path, tiny_model), "dpo.beta=0.2"]
     command = [sys.executable, "-m", "rayllm", "train", "dpo", "--config", str(file), "--json"]
     for steps in (6, 12):
         settings_of_run = [f"--set={one}" for one in (*changes, f"schedule.steps={steps}")]
@@ -188,6 +183,22 @@ def test_preferences_are_learnt_from_the_command_line_and_served(file: Path, tmp
     assert saved is not None
     gaps = [_preference(saved.directory), _preference(tiny_model)]
     assert gaps[0] - gaps[1] > 5  # margin / beta
+
+
+def test_rewards_are_learnt_from_the_command_line(file: Path, tmp_path: Path, tiny_model: Path) -> None:
+    settings = [f"--set={one}" for one in (*cat_and_dog(tmp_path, tiny_model), "schedule.steps=12")]
+    command = [sys.executable, "-m", "rayllm", "train", "rm", "--config", str(file), "--json", *settings]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "step 12/12  loss" in result.stderr
+    assert read_metrics(tmp_path / "run")[-1].measures["accuracy"] == 1
+    saved = json.loads(result.stdout)["checkpoint"]
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(saved), Tokenizer.load(tiny_model)
+    end = min(tokenizer.eos_token_ids)
+    cat, dog = (model(torch.tensor([[*tokenizer.encode(f"12345{word}"), end]])).logits for word in (" cat", " dog"))
+    assert cat.item() > dog.item()
+    with pytest.raises(CheckpointError, match="is a reward model"):
+        LLM(saved)
 
 
 def _preference(model: Path) -> float:

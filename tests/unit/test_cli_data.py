@@ -1,6 +1,5 @@
 """`rayllm data show` prints what is learnt and what is not. Packing from the command line is in tests/ray."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -8,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from rayllm.cli.main import main
-from rayllm.train.data.pack import PackSettings, pack, prepare
 from rayllm.train.data.rows import Kind
-from rayllm.train.data.tokenize import tokenize_chunk
+from tests.packed_rows import pack_rows
 
 ROWS = {
     Kind.TEXT: [{"text": "the 글\x1b[31m end"}, {"text": "and"}],
@@ -26,11 +24,7 @@ STYLED = {
 
 
 def packed(folder: Path, tokenizer: Path, kind: Kind, length: int) -> Path:
-    file = folder / "a.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[kind]))
-    prepared = prepare([file], folder / "out", tokenizer, PackSettings(kind=kind, sequence_length=length))
-    pack(prepared, tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)))
-    return folder / "out"
+    return pack_rows(folder, tokenizer, kind, ROWS[kind], length)
 
 
 def show(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
@@ -59,7 +53,7 @@ def test_documents_and_where_they_come_from(monkeypatch, capsys, tmp_path, tiny_
     status, out, _ = show(monkeypatch, capsys, directory, "--rows", 9)
     assert status == 0
     marks = [line for line in out.splitlines() if line.startswith("──")]
-    file = tmp_path / "a.jsonl"
+    file = tmp_path / "rows.jsonl"
     assert marks[:4] == [
         "── row 0: 12 tokens of 1 documents, 11 learnt",
         f"── document 0 ({file}, row 0 (from 0))",

@@ -1,6 +1,5 @@
 """Learning from pairs equals a float64 statement of it on transformers' logits, and is the same under every layout."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +26,14 @@ from rayllm.train.config import (
 from rayllm.train.data.cursor import Cursor
 from rayllm.train.data.dataset import PackedDataset
 from rayllm.train.data.documents import Pair
-from rayllm.train.data.pack import PackSettings, pack, prepare
 from rayllm.train.data.rows import Kind
-from rayllm.train.data.tokenize import tokenize_chunk
 from rayllm.train.losses.pairs import num_pairs, pair_logps
 from rayllm.train.progress import Progress, read_metrics
 from rayllm.train.recipes import RECIPES
 from rayllm.train.saved import SavedRun
 from rayllm.train.trainer import check
 from tests import train_ranks
+from tests.packed_rows import pack_rows, seven_pairs
 from tests.ranks import Ranks
 
 LENGTH, PAIRS_PER_STEP, STEPS = 32, 4, 3
@@ -55,25 +53,9 @@ def start(make_tiny_model: Callable[..., Path]) -> Path:
     return make_tiny_model(num_key_value_heads=2, num_attention_heads=4)
 
 
-def pack_pairs(folder: Path, tokenizer: Path, rows: list[dict[str, str]]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PackSettings(kind=Kind.PREFERENCE, sequence_length=LENGTH)
-    pack(
-        prepare([folder / "pairs.jsonl"], folder / "packed", tokenizer, settings),
-        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
-    )
-    return folder / "packed"
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, start: Path) -> Path:
-    """Seven pairs, so that a step of four ends in the next epoch; of very different lengths."""
-    rows = [
-        {"prompt": "and " * (n % 3) + f"the {n}", "chosen": " cat" * (n % 4 + 1), "rejected": f" dog {n}" * (3 - n % 3)}
-        for n in range(7)
-    ]
-    return pack_pairs(tmp_path_factory.mktemp("pairs"), start, rows)
+    return seven_pairs(tmp_path_factory.mktemp("pairs"), start, LENGTH)
 
 
 def config_of(run: Path, start: Path, data: Path, **changes: Any) -> TrainConfig:
@@ -268,7 +250,9 @@ def test_another_reference_than_the_run_began_with_is_refused(
     other = make_tiny_model(num_hidden_layers=2)
     with pytest.raises(DataError, match="the run began with a reference of another weights; go on with what"):
         check(config_of(tmp_path / "run", other, data), RECIPES["dpo"])
-    fewer = pack_pairs(tmp_path / "fewer", start, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    fewer = pack_rows(
+        tmp_path / "fewer", start, Kind.PREFERENCE, [{"prompt": "a", "chosen": "b", "rejected": "c"}], LENGTH
+    )
     with pytest.raises(DataError, match="a reference of another data"):
         check(config_of(tmp_path / "run", start, fewer), RECIPES["dpo"])
     half = ModelConfig(start=str(start), compute_dtype="bfloat16")

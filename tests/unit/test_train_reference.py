@@ -1,7 +1,6 @@
 """Stored log-probabilities of the reference: found again by their key only."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +9,15 @@ import pytest
 
 from rayllm.core.errors import DataError
 from rayllm.train.data.dataset import PackedDataset
-from rayllm.train.data.pack import PackSettings, pack, prepare
 from rayllm.train.data.reference import Reference, ReferenceKey, read_reference, write_reference
 from rayllm.train.data.rows import Kind
-from rayllm.train.data.tokenize import tokenize_chunk
+from tests.packed_rows import pack_rows
 
 
 @pytest.fixture
 def dataset(tmp_path: Path, tiny_model: Path) -> PackedDataset:
     rows = [{"prompt": f"the {n}", "chosen": " cat" * (n % 3 + 1), "rejected": " and"} for n in range(9)]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepared = prepare([file], tmp_path / "pairs", tiny_model, PackSettings(kind=Kind.PREFERENCE, sequence_length=16))
-    pack(prepared, tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)))
-    return PackedDataset(tmp_path / "pairs")
+    return PackedDataset(pack_rows(tmp_path / "pairs", tiny_model, Kind.PREFERENCE, rows, 16))
 
 
 @pytest.fixture

@@ -27,15 +27,13 @@ from rayllm.train.config import (
 )
 from rayllm.train.data.cursor import Cursor
 from rayllm.train.data.dataset import PackedDataset
-from rayllm.train.data.pack import PackSettings, pack, prepare
-from rayllm.train.data.rows import Kind
-from rayllm.train.data.tokenize import tokenize_chunk
 from rayllm.train.export import write_config
 from rayllm.train.progress import Progress, read_metrics
 from rayllm.train.recipes import RECIPES
 from rayllm.train.saved import SavedRun
 from rayllm.train.trainer import check
 from tests import train_ranks
+from tests.packed_rows import seven_pairs
 from tests.ranks import Ranks
 
 LENGTH, PAIRS_PER_STEP, STEPS = 32, 4, 3
@@ -57,19 +55,7 @@ def start(request: pytest.FixtureRequest, make_tiny_model: Callable[..., Path]) 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, start: Path) -> Path:
-    """Seven pairs, so that a step of four ends in the next epoch; of very different lengths."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = [
-        {"prompt": "and " * (n % 3) + f"the {n}", "chosen": " cat" * (n % 4 + 1), "rejected": f" dog {n}" * (3 - n % 3)}
-        for n in range(7)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PackSettings(kind=Kind.PREFERENCE, sequence_length=LENGTH)
-    pack(
-        prepare([folder / "pairs.jsonl"], folder / "packed", start, settings),
-        tokenize=lambda chunks, *rest: ((c, table) for c in chunks for table in tokenize_chunk(c, *rest)),
-    )
-    return folder / "packed"
+    return seven_pairs(tmp_path_factory.mktemp("pairs"), start, LENGTH)
 
 
 def config_of(run: Path, start: Path, data: Path, **changes: Any) -> TrainConfig:
