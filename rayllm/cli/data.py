@@ -18,6 +18,8 @@ Example: `rayllm data pack corpus/*.parquet --output packed --tokenizer smollm2-
 Example: `rayllm data pack chats.jsonl --kind chat --output packed --tokenizer ./my-model --sequence-length 1024`
 
 Example: `rayllm data pack pairs.jsonl --kind preference --output pairs --tokenizer ./my-model --sequence-length 512`
+
+Example: `rayllm data pack questions.jsonl --kind prompt --output prompts --tokenizer ./my-model --sequence-length 256`
 """
 
 app = typer.Typer(
@@ -43,18 +45,18 @@ def pack(
         ),
     ],
     sequence_length: Annotated[
-        int, typer.Option("--sequence-length", "-n", metavar="N", help="Tokens in a row; of a pair: at most.", min=2)
+        int, typer.Option("--sequence-length", "-n", metavar="N", help="Tokens in a row; of a pair or a prompt: at most.", min=2)
     ],
     kind: Annotated[
-        Literal["text", "chat", "preference"],
+        Literal["text", "chat", "preference", "prompt"],
         typer.Option(
             "--kind",
             help="What a row holds. text: a column `text`, or a whole .txt file; chat: `messages` with role and"
-            " content; preference: `prompt`, `chosen` and `rejected`, texts or messages.",
+            " content; preference: `prompt`, `chosen` and `rejected`, texts or messages; prompt: `prompt` alone.",
         ),
     ] = "text",
     drop_long: Annotated[
-        bool, typer.Option("--drop-long", help="Leave out pairs longer than N, which are an error otherwise.")
+        bool, typer.Option("--drop-long", help="Leave out pairs and prompts longer than N, which are an error otherwise.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -90,13 +92,13 @@ def _pack(inputs: list[Path], output: Path, tokenizer: str, settings: "PackSetti
 
 
 def _facts(info: "DatasetInfo", output: Path) -> dict[str, Any]:
-    from rayllm.train.data.rows import Kind
+    from rayllm.train.data.shards import UNCUT_SCHEMAS
 
     slots = info.num_rows * info.sequence_length
     facts: dict[str, Any] = {"directory": str(output), "kind": info.kind.value, "sequence_length": info.sequence_length}
     for name in ("num_rows", "num_documents", "num_pieces", "num_tokens", "num_targets", "num_empty", "num_dropped"):
         facts[name] = getattr(info, name)
-    if info.kind is not Kind.PREFERENCE:
+    if info.kind not in UNCUT_SCHEMAS:
         # the first token of each piece that goes on is there twice
         held = info.num_tokens + info.num_pieces - info.num_documents
         facts["padding"] = 1 - held / slots

@@ -22,7 +22,7 @@ _MASKED, _LEARNT, _MARK = "dim", "bold green", "cyan"
 
 def show(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `rayllm data pack` made.")],
-    rows: Annotated[int, typer.Option("--rows", metavar="N", help="How many rows or pairs.", min=1)] = 2,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", help="How many rows, pairs or prompts.", min=1)] = 2,
     first: Annotated[int, typer.Option("--first", metavar="I", help="The first of them, from 0.", min=0)] = 0,
     tokenizer: Annotated[
         str | None,
@@ -48,7 +48,7 @@ def show(
     loaded = Tokenizer.load(Path(named) if Path(named).is_dir() else resolve_model(named))
     dataset.check_tokenizer(loaded)
     console = Console(soft_wrap=True, highlight=False)
-    render = _pair if dataset.kind is Kind.PREFERENCE else _row
+    render = {Kind.PREFERENCE: _pair, Kind.PROMPT: _prompt}.get(dataset.kind, _row)
     for sample in range(first, min(first + rows, len(dataset))):
         for line in render(dataset, sample, loaded):
             console.print(line)
@@ -76,6 +76,12 @@ def _pair(dataset: "PackedDataset", sample: int, tokenizer: "Tokenizer") -> Iter
         yield _mark(f"{name}: {len(pair.prompt)} tokens and {len(answer)} of the answer")
         mask = [False] * len(pair.prompt) + [True] * len(answer)
         yield _tokens(tokenizer, pair.prompt + answer, mask)
+
+
+def _prompt(dataset: "PackedDataset", sample: int, tokenizer: "Tokenizer") -> Iterator["Text"]:
+    prompt = dataset.prompt(sample)
+    yield _mark(f"prompt {sample}: {len(prompt)} tokens")
+    yield _tokens(tokenizer, prompt, [False] * len(prompt))
 
 
 def _mark(text: str) -> "Text":

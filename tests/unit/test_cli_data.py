@@ -14,12 +14,14 @@ ROWS = {
     Kind.TEXT: [{"text": "the 글\x1b[31m end"}, {"text": "and"}],
     Kind.CHAT: [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the"}]}],
     Kind.PREFERENCE: [{"prompt": "the", "chosen": " and", "rejected": " end"}],
+    Kind.PROMPT: [{"prompt": [{"role": "user", "content": "hi"}]}],
 }
 # kind -> what is dimmed, what is learnt; line feeds have no style
 STYLED = {
     Kind.TEXT: ("theand", " <0xEA><0xB8><0x80><0x1B>[31m end<|im_end|><|im_end|>"),
     Kind.CHAT: ("<|im_start|>userhi<|im_end|><|im_start|>assistant", "the<|im_end|>"),
     Kind.PREFERENCE: ("thethe", " and<|im_end|> end<|im_end|>"),
+    Kind.PROMPT: ("<|im_start|>userhi<|im_end|><|im_start|>assistant", ""),
 }
 
 

@@ -134,6 +134,21 @@ class TestPack:
         dataset = packed([file], tmp_path / "out", byte_level_directory, Kind.PREFERENCE, 16, drop_long=True)
         assert (len(dataset), dataset.info.num_dropped) == (2, 1)
 
+    def test_prompts(self, tmp_path, byte_level_directory):
+        """As the engine would be fed them: a text alone, or a conversation that waits for the assistant."""
+        rows = [{"prompt": "the cat"}, {"prompt": CHATS[0][:1]}, {"prompt": "the " * 40}]
+        file = jsonl(tmp_path / "a.jsonl", rows)
+        with pytest.raises(DataError, match=r"a\.jsonl, row 2 \(from 0\): the prompt has \d+ tokens, more than 30"):
+            packed([file], tmp_path / "out", byte_level_directory, Kind.PROMPT, 30)
+        dataset = packed([file], tmp_path / "out", byte_level_directory, Kind.PROMPT, 30, drop_long=True)
+        tokenizer = Tokenizer.load(byte_level_directory)
+        wanted = [tokenizer.encode("the cat"), tokenizer.chat(CHATS[0][:1])]
+        assert [dataset.prompt(sample) for sample in range(len(dataset))] == wanted
+        info = dataset.info
+        assert (info.num_documents, info.num_tokens, info.num_targets) == (2, sum(map(len, wanted)), 0)
+        assert info.num_dropped == 1
+        assert info.template_sha256 == tokenizer.template_fingerprint
+
     def test_the_same_files_give_the_same_data(self, tmp_path, byte_level_directory):
         file = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
         made = [packed([file], tmp_path / str(n), byte_level_directory, Kind.TEXT, 32).info for n in range(2)]
@@ -153,7 +168,7 @@ class TestPack:
     def test_settings_that_cannot_work(self, tmp_path, byte_level_directory, sentencepiece_directory):
         with pytest.raises(ConfigError, match="sequence_length: 1 is too short"):
             PackSettings(kind=Kind.TEXT, sequence_length=1)
-        with pytest.raises(ConfigError, match="only preference pairs are dropped"):
+        with pytest.raises(ConfigError, match="only pairs and prompts are dropped"):
             PackSettings(kind=Kind.CHAT, sequence_length=8, drop_long=True)
         file = jsonl(tmp_path / "a.jsonl", [{"messages": CHATS[0]}])
         settings = PackSettings(kind=Kind.CHAT, sequence_length=8)
@@ -184,6 +199,8 @@ MESSAGE = {"role": "assistant", "content": "x"}
         (Kind.CHAT, {"messages": [MESSAGE | {"tool_calls": "f()"}]}, r"messages\[0\]: has tool_calls; only role and"),
         (Kind.CHAT, {"messages": [MESSAGE | {"content": 3}]}, r"messages\[0\]\.content: is of type int"),
         (Kind.PREFERENCE, {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
+        (Kind.PROMPT, {"prompt": 3}, "prompt: is of type int, not a list of messages"),
+        (Kind.PROMPT, {"prompt": []}, "prompt: is an empty list"),
         (
             Kind.PREFERENCE,
             {"prompt": "a", "chosen": [MESSAGE], "rejected": "b"},
@@ -201,6 +218,7 @@ def test_a_bad_row_is_named_by_file_and_place(tmp_path, write, kind, row, proble
         Kind.TEXT: {"text": "x"},
         Kind.CHAT: {"messages": [MESSAGE]},
         Kind.PREFERENCE: {"prompt": "a", "chosen": "b", "rejected": "c"},
+        Kind.PROMPT: {"prompt": "a"},
     }[kind]
     place = r"line 4" if write is jsonl else r"row 0 \(from 0\)"
     rows = [good, good, good, row] if write is jsonl else [row]  # a Parquet column has one type

@@ -22,21 +22,21 @@ from rayllm.train.data.info import DatasetInfo, read_info
 from rayllm.train.data.packing import PackedRow
 from rayllm.train.data.parquet import open_parquet, readable
 from rayllm.train.data.rows import Kind
-from rayllm.train.data.shards import PREFERENCE_SCHEMA, packed_schema
+from rayllm.train.data.shards import UNCUT_SCHEMAS, packed_schema
 
 _GROUPS_KEPT = 64
 _FILES_KEPT = 64
 
 
 class PackedDataset:
-    """A sample is a packed row, or a preference pair. Not thread-safe."""
+    """A sample is a packed row, a preference pair or a prompt. Not thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         """DataError if the folder does not hold what its dataset.json says."""
         self.directory = directory
         self.info: DatasetInfo = read_info(directory)
         self.kind = self.info.kind
-        self._schema = PREFERENCE_SCHEMA if self.kind is Kind.PREFERENCE else packed_schema(self.info.sequence_length)
+        self._schema = UNCUT_SCHEMAS.get(self.kind) or packed_schema(self.info.sequence_length)
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._file_starts = [0, *accumulate(file.num_rows for file in self.info.files)]
@@ -77,6 +77,12 @@ class PackedDataset:
         table, place = self._find(sample)
         row = table.slice(place, 1).to_pydict()
         return Pair(prompt=row["prompt"][0], chosen=row["chosen"][0], rejected=row["rejected"][0])
+
+    def prompt(self, sample: int) -> list[int]:
+        """Token ids, to be answered."""
+        table, place = self._find(sample)
+        ids: list[int] = table["prompt"][place].as_py()
+        return ids
 
     def micro_batch(self, samples: Sequence[int]) -> MicroBatch:
         """Packed rows as they are, or all pairs in one row: the chosen and the rejected of each, both with the prompt.

@@ -58,13 +58,19 @@ def chat_document(tokenizer: Tokenizer, row: ChatRow) -> Document:
 def preference_pair(tokenizer: Tokenizer, row: PreferenceRow) -> Pair:
     """Both answers follow the same tokens, those of the prompt alone, as serving would feed them, and end as a turn
     does: texts with the end of sequence, conversations as the template has it."""
-    prompt = tokenizer.encode(row.prompt) if isinstance(row.prompt, str) else tokenizer.chat(row.prompt)
-    if not prompt:
-        raise DataError("prompt: gives no tokens")
+    prompt = prompt_tokens(tokenizer, row.prompt)
     chosen, rejected = (_answer(tokenizer, row.prompt, prompt, turns) for turns in (row.chosen, row.rejected))
     if chosen == rejected:
         raise DataError("chosen and rejected give the same tokens, so there is nothing to prefer")
     return Pair(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: Turns) -> list[int]:
+    """What serving would feed before an answer. DataError where that is nothing."""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
+    if not ids:
+        raise DataError("prompt: gives no tokens")
+    return ids
 
 
 def _answer(tokenizer: Tokenizer, prompt: Turns, prompt_ids: list[int], answer: Turns) -> list[int]:

@@ -34,7 +34,8 @@ class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """`num_tokens` counts each token of a document once; `num_targets` those of them that are learnt.
 
     `num_pieces`: a document that is cut has several. A pair counts as two documents. `num_empty`: texts without a
-    character, left out. `num_dropped`: pairs longer than `sequence_length`, left out because that was asked for.
+    character, left out. `num_dropped`: pairs or prompts longer than `sequence_length`, left out because that was asked
+    for.
     """
 
     format: int = FORMAT

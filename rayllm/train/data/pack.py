@@ -1,4 +1,4 @@
-"""Files of text, conversations or preference pairs to a packed data set: a directory that is whole or not there.
+"""Files of texts, conversations, preference pairs or prompts to a packed data set: a directory that is whole or not there.
 
 Every file is read and checked before the first worker starts. Rows keep their order, so the same files give the same
 data set, whatever runs them.
@@ -18,16 +18,17 @@ from rayllm.train.data.info import DatasetInfo, SourceInfo, write_info
 from rayllm.train.data.packing import BestFitPacker, ConcatPacker
 from rayllm.train.data.ray_map import tokenize_all
 from rayllm.train.data.rows import Kind
+from rayllm.train.data.shards import UNCUT_SCHEMAS
 from rayllm.train.data.sources import Chunk, Source, check_source, find_files
-from rayllm.train.data.writing import PackedWriting, PairWriting, Writing
+from rayllm.train.data.writing import PackedWriting, UncutWriting, Writing
 
 Tokenize = Callable[[Sequence[Chunk], Kind, str], Iterator[tuple[Chunk, pa.Table]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackSettings:
-    """`sequence_length`: of a row, in tokens; of pairs the longest prompt with an answer. `drop_long`: leave longer
-    pairs out, which are an error otherwise. ConfigError if they cannot work."""
+    """`sequence_length`: of a row, in tokens; of pairs the longest prompt with an answer, of prompts the longest.
+    `drop_long`: leave longer ones out, which are an error otherwise. ConfigError if they cannot work."""
 
     kind: Kind
     sequence_length: int
@@ -36,8 +37,8 @@ class PackSettings:
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length: {self.sequence_length} is too short; at least 2 tokens")
-        if self.drop_long and self.kind is not Kind.PREFERENCE:
-            raise ConfigError("drop_long: only preference pairs are dropped; longer documents go on in the next row")
+        if self.drop_long and self.kind not in UNCUT_SCHEMAS:
+            raise ConfigError("drop_long: only pairs and prompts are dropped; longer documents go on in the next row")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +103,8 @@ def pack(
 
 def _writing(directory: Path, tokenizer: Tokenizer, settings: PackSettings) -> Writing:
     length = settings.sequence_length
-    if settings.kind is Kind.PREFERENCE:
-        return PairWriting(directory, sequence_length=length, drop_long=settings.drop_long)
+    if settings.kind in UNCUT_SCHEMAS:
+        return UncutWriting(directory, settings.kind, sequence_length=length, drop_long=settings.drop_long)
     packer = BestFitPacker if settings.kind is Kind.CHAT else ConcatPacker
     return PackedWriting(directory, packer(length, pad_token_id=_pad_token_id(tokenizer)), sequence_length=length)
 

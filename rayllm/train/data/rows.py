@@ -3,6 +3,7 @@
 text         {"text": "..."}                                    a document
 chat         {"messages": [{"role": ..., "content": ...}, ...]} a conversation
 preference   {"prompt": ..., "chosen": ..., "rejected": ...}    three texts, or three lists of messages
+prompt       {"prompt": ...}                                    a text, or a list of messages, to be answered
 
 Knows nothing of files and tokenizers.
 """
@@ -23,6 +24,7 @@ class Kind(Enum):
     TEXT = "text"
     CHAT = "chat"
     PREFERENCE = "preference"
+    PROMPT = "prompt"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -33,6 +35,7 @@ _COLUMNS = {
     Kind.TEXT: ("text",),
     Kind.CHAT: ("messages",),
     Kind.PREFERENCE: ("prompt", "chosen", "rejected"),
+    Kind.PROMPT: ("prompt",),
 }
 
 
@@ -55,7 +58,12 @@ class PreferenceRow:
     rejected: Turns
 
 
-Row = TextRow | ChatRow | PreferenceRow
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRow:
+    prompt: Turns
+
+
+Row = TextRow | ChatRow | PreferenceRow | PromptRow
 
 
 def parse_row(row: Mapping[str, Any], kind: Kind) -> Row:
@@ -70,6 +78,8 @@ def parse_row(row: Mapping[str, Any], kind: Kind) -> Row:
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError("messages: none is the assistant's, so there is nothing to learn")
         return ChatRow(messages=messages)
+    if kind is Kind.PROMPT:
+        return PromptRow(prompt=_turns(row["prompt"], "prompt"))
     prompt, chosen, rejected = (_turns(row[column], column) for column in kind.columns)
     if len({isinstance(turns, str) for turns in (prompt, chosen, rejected)}) > 1:
         raise DataError("prompt, chosen and rejected must be three texts or three lists of messages")

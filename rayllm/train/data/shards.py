@@ -1,7 +1,7 @@
 """Packed rows to Parquet files of a bounded size, in small row groups, so that a row can be read on its own."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from rayllm.train.data.info import FileInfo
 from rayllm.train.data.packing import PackedRow
+from rayllm.train.data.rows import Kind
 
 _GROUP_TOKENS = 1 << 13  # read whole for any one row of them
 _FILE_TOKENS = 1 << 25
@@ -29,14 +30,15 @@ def packed_schema(sequence_length: int) -> pa.Schema:
     )
 
 
-PREFERENCE_SCHEMA = pa.schema(
-    [
-        pa.field("document_id", pa.int64(), nullable=False),
-        pa.field("prompt", _TOKENS, nullable=False),
-        pa.field("chosen", _TOKENS, nullable=False),
-        pa.field("rejected", _TOKENS, nullable=False),
-    ]
-)
+def _uncut_schema(*columns: str) -> pa.Schema:
+    fields = [pa.field(name, _TOKENS, nullable=False) for name in columns]
+    return pa.schema([pa.field("document_id", pa.int64(), nullable=False), *fields])
+
+
+# Of the kinds whose rows are never cut nor put together: each as it came.
+UNCUT_SCHEMAS: Mapping[Kind, pa.Schema] = {
+    kind: _uncut_schema(*kind.columns) for kind in (Kind.PREFERENCE, Kind.PROMPT)
+}
 
 
 def packed_table(rows: Sequence[PackedRow], schema: pa.Schema) -> pa.Table:

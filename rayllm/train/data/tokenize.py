@@ -12,22 +12,27 @@ import pyarrow as pa
 
 from rayllm.core.errors import DataError, InvalidRequestError
 from rayllm.core.tokenizer import Tokenizer
-from rayllm.train.data.documents import chat_document, preference_pair, text_document
-from rayllm.train.data.rows import ChatRow, Kind, PreferenceRow, Row, TextRow
+from rayllm.train.data.documents import chat_document, preference_pair, prompt_tokens, text_document
+from rayllm.train.data.rows import ChatRow, Kind, PreferenceRow, PromptRow, Row, TextRow
 from rayllm.train.data.sources import Chunk, read_chunk
 
 _BATCH_TOKENS = 1 << 18
 _IDS = pa.list_(pa.int32())
 _COMMON = [("index", pa.int64()), ("problem", pa.string())]
 _DOCUMENT_SCHEMA = pa.schema([*_COMMON, ("tokens", _IDS), ("mask", pa.list_(pa.bool_()))])
-_PAIR_SCHEMA = pa.schema([*_COMMON, ("prompt", _IDS), ("chosen", _IDS), ("rejected", _IDS)])
+_SCHEMAS = {
+    Kind.TEXT: _DOCUMENT_SCHEMA,
+    Kind.CHAT: _DOCUMENT_SCHEMA,
+    Kind.PREFERENCE: pa.schema([*_COMMON, ("prompt", _IDS), ("chosen", _IDS), ("rejected", _IDS)]),
+    Kind.PROMPT: pa.schema([*_COMMON, ("prompt", _IDS)]),
+}
 
 
 def tokenize_chunk(chunk: Chunk, kind: Kind, tokenizer_directory: str) -> Iterator[pa.Table]:
     """-> tables of `index`, the row's in its file, `problem`, and the ids: `tokens` and `mask`, both empty for an empty
-    text, or `prompt`, `chosen` and `rejected`."""
+    text; or `prompt`, with `chosen` and `rejected` where the row has answers."""
     tokenizer = _load(tokenizer_directory)
-    schema = _PAIR_SCHEMA if kind is Kind.PREFERENCE else _DOCUMENT_SCHEMA
+    schema = _SCHEMAS[kind]
     rows: list[dict[str, Any]] = []
     tokens = 0
     for located in read_chunk(chunk, kind):
@@ -46,6 +51,8 @@ def tokenize_chunk(chunk: Chunk, kind: Kind, tokenizer_directory: str) -> Iterat
 
 
 def _tokenize(tokenizer: Tokenizer, row: Row) -> dict[str, Any]:
+    if isinstance(row, PromptRow):
+        return {"prompt": prompt_tokens(tokenizer, row.prompt)}
     if isinstance(row, PreferenceRow):
         pair = preference_pair(tokenizer, row)
         return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}

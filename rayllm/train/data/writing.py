@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from rayllm.core.errors import DataError
 from rayllm.train.data.documents import Document
 from rayllm.train.data.packing import PackedRow, Packer
-from rayllm.train.data.shards import PREFERENCE_SCHEMA, ShardWriter, packed_schema, packed_table
+from rayllm.train.data.rows import Kind
+from rayllm.train.data.shards import UNCUT_SCHEMAS, ShardWriter, packed_schema, packed_table
 
 
 class Writing(Protocol):
@@ -76,35 +77,38 @@ class PackedWriting:
             self._waiting.clear()
 
 
-class PairWriting:
-    """Preference pairs, which are never cut."""
+class UncutWriting:
+    """Preference pairs and prompts, which are never cut."""
 
-    def __init__(self, directory: Path, *, sequence_length: int, drop_long: bool) -> None:
+    def __init__(self, directory: Path, kind: Kind, *, sequence_length: int, drop_long: bool) -> None:
+        self._columns, self._schema = kind.columns, UNCUT_SCHEMAS[kind]
         self._sequence_length = sequence_length
         self._drop_long = drop_long
-        self._writer = ShardWriter(directory, PREFERENCE_SCHEMA, row_tokens=sequence_length)
+        self._writer = ShardWriter(directory, self._schema, row_tokens=sequence_length)
         self._counts = _Counts()
         self._waiting: list[dict[str, Any]] = []
 
     def add(self, path: str, first_document: int, table: pa.Table) -> None:
-        for pair in table.select(["index", "prompt", "chosen", "rejected"]).to_pylist():
-            index = pair.pop("index")
-            answers = (len(pair["chosen"]), len(pair["rejected"]))
-            longest = len(pair["prompt"]) + max(answers)
+        for row in table.select(["index", *self._columns]).to_pylist():
+            index = row.pop("index")
+            prompt, *answers = (len(row[column]) for column in self._columns)
+            longest = prompt + max(answers, default=0)
             if longest > self._sequence_length:
                 if not self._drop_long:
+                    what = "prompt and answer have" if answers else "the prompt has"
                     raise DataError(
-                        f"{path}, row {index} (from 0): prompt and answer have {longest} tokens, more than "
-                        f"{self._sequence_length}; raise --sequence-length, or leave such pairs out with --drop-long"
+                        f"{path}, row {index} (from 0): {what} {longest} tokens, more than {self._sequence_length};"
+                        " raise --sequence-length, or leave such rows out with --drop-long"
                     )
                 self._counts.num_dropped += 1
                 continue
+            documents = len(answers) or 1
             self._counts.num_rows += 1
-            self._counts.num_documents += 2
-            self._counts.num_pieces += 2
-            self._counts.num_tokens += 2 * len(pair["prompt"]) + sum(answers)
+            self._counts.num_documents += documents
+            self._counts.num_pieces += documents
+            self._counts.num_tokens += documents * prompt + sum(answers)
             self._counts.num_targets += sum(answers)
-            self._waiting.append({"document_id": first_document + index, **pair})
+            self._waiting.append({"document_id": first_document + index, **row})
             if len(self._waiting) == self._writer.group_rows:
                 self._write()
 
@@ -114,7 +118,7 @@ class PairWriting:
 
     def _write(self) -> None:
         if self._waiting:
-            self._writer.write(pa.Table.from_pylist(self._waiting, schema=PREFERENCE_SCHEMA))
+            self._writer.write(pa.Table.from_pylist(self._waiting, schema=self._schema))
             self._waiting.clear()
 
 
