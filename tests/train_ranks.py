@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rayllm.models.checkpoint import Checkpoint
+from rayllm.train import ppo
 from rayllm.train.batch import MicroBatch
 from rayllm.train.checkpoint import Checkpointer
 from rayllm.train.config import CheckpointConfig, LayoutConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -16,6 +18,7 @@ from rayllm.train.initial import stored_weights
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import NextToken
 from rayllm.train.recipes import RECIPES
+from rayllm.train.rollout import Answer, Rollout
 from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.step import StepReport, TrainStep
 from rayllm.train.trainee import build_trainee
@@ -98,3 +101,17 @@ def train_with_checkpoint(
 def run_recipe(recipe: str, config: TrainConfig) -> None:
     """A whole run, as a worker of Ray goes through it."""
     train_run(config, RECIPES[recipe], CPU)
+
+
+def run_ppo(config: TrainConfig) -> list[list[Answer]]:
+    """A whole run; -> the answers of its rollouts."""
+    rollouts: list[list[Answer]] = []
+
+    class Recorded(Rollout):
+        def __call__(self, *arguments: Any) -> list[Answer]:
+            rollouts.append(super().__call__(*arguments))
+            return rollouts[-1]
+
+    with mock.patch.object(ppo, "Rollout", Recorded):
+        train_run(config, RECIPES["ppo"], CPU)
+    return rollouts

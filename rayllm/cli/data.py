@@ -45,7 +45,10 @@ def pack(
         ),
     ],
     sequence_length: Annotated[
-        int, typer.Option("--sequence-length", "-n", metavar="N", help="Tokens in a row; of a pair or a prompt: at most.", min=2)
+        int,
+        typer.Option(
+            "--sequence-length", "-n", metavar="N", help="Tokens in a row; of a pair or a prompt: at most.", min=2
+        ),
     ],
     kind: Annotated[
         Literal["text", "chat", "preference", "prompt"],
@@ -56,7 +59,8 @@ def pack(
         ),
     ] = "text",
     drop_long: Annotated[
-        bool, typer.Option("--drop-long", help="Leave out pairs and prompts longer than N, which are an error otherwise.")
+        bool,
+        typer.Option("--drop-long", help="Leave out pairs and prompts longer than N, which are an error otherwise."),
     ] = False,
     as_json: Json = False,
 ) -> None:

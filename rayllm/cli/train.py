@@ -25,6 +25,9 @@ Example: `rayllm train sft --config sft.toml --set layout.shard=4`
 RM_EXAMPLES = """
 Example: `rayllm train rm --config rm.toml --set layout.shard=2`
 """
+PPO_EXAMPLES = """
+Example: `rayllm train ppo --config ppo.toml --set ppo.reward_model=runs/rm/checkpoints/step-00000500`
+"""
 DPO_EXAMPLES = """
 Example: `rayllm train dpo --config dpo.toml --set dpo.beta=0.3 --set dpo.loss=ipo_mean`
 """
@@ -76,6 +79,17 @@ def rm(config: Config, settings: Settings = None, address: Address = None, as_js
     as a sequence classifier of one label.
     """
     _train("rm", config, settings, address, as_json=as_json)
+
+
+@app.command("ppo", epilog=PPO_EXAMPLES)
+def ppo(config: Config, settings: Settings = None, address: Address = None, as_json: Json = False) -> None:
+    """Learn from the rewards that the model's own answers to packed prompts get.
+
+    The start model is the reference that it is kept near to; `rayllm train rm` makes the reward model. Answers are
+    drawn by the serving engine. Run again, it goes on from the run's last checkpoint. Each checkpoint is a model
+    directory to serve or evaluate.
+    """
+    _train("ppo", config, settings, address, as_json=as_json)
 
 
 @app.command("dpo", epilog=DPO_EXAMPLES)

@@ -5,7 +5,6 @@ Everything that can be refused without reading weights is refused first.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -102,7 +101,7 @@ def start_local(prepared: Prepared) -> tuple[Executor, int]:
         raise ConfigError("a model in this process has one shard; tensor or pipeline parallel ranks need Ray")
 
     def load() -> ModelRunner:
-        runner = load_runner(prepared.shard, Mesh.single())
+        runner = load_runner(prepared.checkpoint, prepared.shard, Mesh.single())
         runner.init_cache(runner.num_blocks_that_fit)
         return runner
 
@@ -110,8 +109,7 @@ def start_local(prepared: Prepared) -> tuple[Executor, int]:
     return executor, executor.num_blocks
 
 
-def load_runner(shard: ShardConfig, mesh: Mesh) -> ModelRunner:
-    checkpoint = Checkpoint.open(Path(shard.directory))
+def load_runner(checkpoint: Checkpoint, shard: ShardConfig, mesh: Mesh) -> ModelRunner:
     device = resolve_device(shard.engine.model.device)
     return ModelRunner(
         checkpoint,

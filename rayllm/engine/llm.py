@@ -11,7 +11,7 @@ from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelC
 from rayllm.core.errors import EngineUnavailableError, InvalidRequestError
 from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import Request, SamplingParams
-from rayllm.engine.build import build_engine, prepare, start_local
+from rayllm.engine.build import Prepared, build_engine, prepare, start_local
 from rayllm.engine.output_processor import OutputProcessor
 from rayllm.engine.outputs import CompletionOutput, OutputDelta, RequestOutput
 
@@ -37,27 +37,31 @@ class LLM:
         cache: CacheConfig | None = None,
         scheduler: SchedulerConfig | None = None,
     ) -> None:
-        self._start(
-            EngineConfig(
-                model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len, quantize=quantize),
-                parallel=ParallelConfig(tensor=tensor_parallel_size, pipeline=pipeline_parallel_size),
-                cache=cache or CacheConfig(),
-                scheduler=scheduler or SchedulerConfig(),
-            )
+        config = EngineConfig(
+            model=ModelConfig(model=model, dtype=dtype, max_model_len=max_model_len, quantize=quantize),
+            parallel=ParallelConfig(tensor=tensor_parallel_size, pipeline=pipeline_parallel_size),
+            cache=cache or CacheConfig(),
+            scheduler=scheduler or SchedulerConfig(),
         )
+        self._start(prepare(config))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Self:
         """As the command line and configuration files describe an engine. Its queue is not bounded here."""
+        return cls.from_prepared(prepare(config))
+
+    @classmethod
+    def from_prepared(cls, prepared: Prepared) -> Self:
+        """Of a checkpoint that is open: also of one that lies in memory, which only a single shard can read."""
         llm = cls.__new__(cls)
-        llm._start(config)
+        llm._start(prepared)
         return llm
 
-    def _start(self, config: EngineConfig) -> None:
+    def _start(self, prepared: Prepared) -> None:
         unbounded = 1 << 62  # the whole work list is handed over at once
-        queue = replace(config.scheduler, max_waiting_requests=unbounded, max_waiting_tokens=unbounded)
-        prepared = prepare(replace(config, scheduler=queue))
-        if config.parallel.world_size == 1:
+        queue = replace(prepared.config.scheduler, max_waiting_requests=unbounded, max_waiting_tokens=unbounded)
+        prepared = replace(prepared, config=replace(prepared.config, scheduler=queue))
+        if prepared.config.parallel.world_size == 1:
             parts = build_engine(prepared, start_local)
         else:
             from rayllm.engine.ray_executor import start_ray

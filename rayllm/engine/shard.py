@@ -5,6 +5,7 @@ import msgspec
 from rayllm.engine.build import ShardConfig, load_runner
 from rayllm.engine.commands import Command, InitCache, Ready
 from rayllm.engine.model_runner import ModelRunner
+from rayllm.models.checkpoint import Checkpoint
 from rayllm.parallel.mesh import Mesh
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -34,4 +35,4 @@ def create_handler(rank: int, world_size: int, config: bytes) -> RunnerHandler:
     shard = msgspec.msgpack.decode(config, type=ShardConfig)
     parallel = shard.engine.parallel
     mesh = Mesh.single() if world_size == 1 else Mesh.from_world(parallel.tensor, parallel.pipeline)
-    return RunnerHandler(load_runner(shard, mesh))
+    return RunnerHandler(load_runner(Checkpoint.open(shard.directory), shard, mesh))

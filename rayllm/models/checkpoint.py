@@ -3,12 +3,15 @@
 Only the headers of the weight files are read by `Checkpoint.open`; `read` then reads one part of one parameter. Never
 unpickles. Knows nothing of ranks.
 
+A reward model is a decoder with `SCORE` in the place of its head, as transformers writes a sequence classifier.
+
 A linear layer X that is stored as int8 (`rayllm.models.quantization`) has X.weight in int8 and X.weight_scale beside
 it, and in a checkpoint with outliers X.outlier_columns and X.outlier_weight.
 """
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from rayllm.core.errors import CheckpointError, ConfigError
 from rayllm.models.decoder import Decoder
 from rayllm.models.families import spec_from_config, weight_names
+from rayllm.models.layers import Linear
 from rayllm.models.quantization import OUTLIERS, OUTLIERS_FIELD, Int8Format, Quantization, read_quantization
 from rayllm.models.spec import DecoderSpec
 from rayllm.models.weights import Source, WeightNames
@@ -35,6 +39,7 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
 }
 WEIGHTS = "model.safetensors"
+SCORE = "score.weight"  # [1, D]
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -48,6 +53,33 @@ class _Slice(Protocol):
 class _File(Protocol):
     def keys(self) -> list[str]: ...
     def get_slice(self, name: str) -> _Slice: ...
+
+
+class _Held:
+    """Tensors in memory, read as a file's are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> "_HeldSlice":
+        return _HeldSlice(self._tensors[name])
+
+
+class _HeldSlice:
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return next(name for name, dtype in STORED_DTYPES.items() if dtype == self._tensor.dtype)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        return self._tensor[index]
 
 
 _Parameters = dict[str, tuple[Source, tuple[int, ...]]]  # our name -> where it lies, and its whole shape
@@ -78,27 +110,43 @@ class Checkpoint:
         self.int8 = int8
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Checkpoint":
-        """Raises CheckpointError (file and problem) or ConfigError (a value of config.json that is not supported)."""
+    def held(cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Checkpoint":
+        """Of weights in memory, whole and of one dtype, by their names in the decoder; a tied head is left out.
+
+        `directory`: where `config` and the tokenizer come from.
+        """
+        spec = spec_from_config(config)
+        parameters = {name: (Source(name), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if spec.tie_word_embeddings:
+            parameters["lm_head.weight"] = parameters["embed_tokens.weight"]
+        dtype = tensors["embed_tokens.weight"].dtype
+        return cls(directory, config, spec, dtype, dict.fromkeys(tensors, _Held(tensors)), parameters, {})
+
+    @classmethod
+    def open(cls, directory: str | Path, *, scores: bool = False) -> "Checkpoint":
+        """`scores`: of a reward model, else of a language model.
+
+        Raises CheckpointError (file and problem) or ConfigError (a value of config.json that is not supported).
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(
                 directory, "is a file, not a directory" if directory.exists() else "no such directory"
             )
         config = _read_json(directory / "config.json")
-        _check_writes_text(directory, config)
+        _check_purpose(directory, config, scores=scores)
         spec = spec_from_config(config)
         origin, files = _open_weights(directory)
         quantization = read_quantization(config)
         if quantization is not None and quantization.has_outliers:
             files |= _open_outliers(directory, config[OUTLIERS_FIELD])
-        parameters, int8 = _match(spec, quantization, origin, files)
+        parameters, int8 = _match(spec, quantization, origin, files, scores=scores)
         embedding = parameters["embed_tokens.weight"][0].name
         dtype = _dtype(config, files[embedding].get_slice(embedding).get_dtype())
         return cls(directory, config, spec, dtype, files, parameters, int8)
 
     def source(self, parameter: str) -> Source:
-        """Where a parameter of `Decoder.named_parameters()` lies."""
+        """Where a parameter of `Decoder.named_parameters()` lies; of a reward model `SCORE` is one."""
         return self._parameters[parameter][0]
 
     @property
@@ -142,11 +190,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_writes_text(directory: Path, config: Mapping[str, Any]) -> None:
+def _check_purpose(directory: Path, config: Mapping[str, Any], *, scores: bool) -> None:
     """The tensors do not tell: with a tied head, a classifier has all that a language model has."""
-    for name in config.get("architectures") or ():
-        if str(name).endswith("ForSequenceClassification"):
-            raise CheckpointError(directory, f"is a reward model or another classifier ({name}), which writes no text")
+    names = [str(name) for name in config.get("architectures") or ()]
+    classifier = next((name for name in names if name.endswith("ForSequenceClassification")), None)
+    if scores and classifier is None:
+        raise CheckpointError(directory, f"is no reward model, but {names[0] if names else 'a language model'}")
+    if not scores and classifier is not None:
+        raise CheckpointError(
+            directory, f"is a reward model or another classifier ({classifier}), which writes no text"
+        )
 
 
 def _open_weights(directory: Path) -> tuple[Path, dict[str, "_File"]]:
@@ -220,11 +273,16 @@ def _unpack(stored: _Slice, index: tuple[slice, ...]) -> Tensor:
 
 
 def _match(
-    spec: DecoderSpec, quantization: Quantization | None, origin: Path, files: Mapping[str, _File]
+    spec: DecoderSpec, quantization: Quantization | None, origin: Path, files: Mapping[str, _File], *, scores: bool
 ) -> tuple[_Parameters, dict[str, Int8Format]]:
     """Every parameter of the decoder to its tensor; raises unless all are there, in shape, and nothing else is."""
+    if scores:
+        spec = replace(spec, tie_word_embeddings=False)
     with torch.device("meta"):
         model = Decoder(spec)
+        if scores:
+            model.lm_head = None
+            model.score = Linear(spec.hidden_size, 1, bias=False)
     names = weight_names(spec.family)
     parameters: _Parameters = {}
     int8: dict[str, Int8Format] = {}
@@ -232,7 +290,7 @@ def _match(
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)
-        source = names.locate(name, tied=spec.tie_word_embeddings, stored=files)
+        source = Source(SCORE) if name == SCORE else names.locate(name, tied=spec.tie_word_embeddings, stored=files)
         module = name.removesuffix(".weight")
         form = None
         if module in linears and quantization is not None:

@@ -28,6 +28,7 @@ class MicroBatch:
     `sample_ids`: the data set's indices of the samples in here, padding left out, in the order of the rows.
     `document_values`: what a recipe knows of each document, [N] each (a reference's log-probability, say); for
     preference pairs documents 2i and 2i + 1 are the chosen and the rejected one of a pair.
+    `token_values`: what it knows of each prediction, [B, S] each: of a target's, where the token before it stands.
 
     Raises DataError where a shape, a dtype, a length or the mask of a first token is not so.
     """
@@ -37,6 +38,7 @@ class MicroBatch:
     document_lengths: tuple[tuple[int, ...], ...]
     sample_ids: tuple[int, ...]
     document_values: Mapping[str, Tensor] = field(default_factory=dict)
+    token_values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = tuple(self.token_ids.shape)
@@ -55,6 +57,9 @@ class MicroBatch:
         for name, values in self.document_values.items():
             if tuple(values.shape) != (self.num_documents,):
                 raise DataError(f"{name} must have one value for each of {self.num_documents} documents")
+        for name, values in self.token_values.items():
+            if values.shape != self.token_ids.shape:
+                raise DataError(f"{name} must have one value for each token, not {list(values.shape)}")
 
     @property
     def num_documents(self) -> int:
@@ -94,6 +99,10 @@ class MicroBatch:
             token_ids=torch.cat([self.token_ids, self.token_ids.new_zeros(rows, missing)], 1),
             loss_mask=torch.cat([self.loss_mask, self.loss_mask.new_zeros(rows, missing)], 1),
             document_lengths=tuple((*lengths, *padding) for lengths in self.document_lengths),
+            token_values={
+                name: torch.cat([values, values.new_zeros(rows, missing)], 1)
+                for name, values in self.token_values.items()
+            },
         )
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -102,4 +111,5 @@ class MicroBatch:
             token_ids=self.token_ids.to(device),
             loss_mask=self.loss_mask.to(device),
             document_values={name: values.to(device) for name, values in self.document_values.items()},
+            token_values={name: values.to(device) for name, values in self.token_values.items()},
         )

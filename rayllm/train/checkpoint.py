@@ -4,10 +4,7 @@ A save stops training for as long as it takes to copy; the files are written by 
 save and what is restored from it: tensors are known by their names and whole shapes.
 """
 
-import logging
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,14 @@ from rayllm.core.errors import CheckpointError, TrainingError
 from rayllm.models.checkpoint import DTYPES
 from rayllm.train.config import CheckpointConfig, DType
 from rayllm.train.export import join_part_files, stored_tensors, write_config, write_part_files
+from rayllm.train.gather import whole
 from rayllm.train.gradients import EMBEDDING, HEAD
+from rayllm.train.initial import VALUE
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.optimizer import Weight
 from rayllm.train.saved import TRAINING, Saved, SavedRun, TrainState
 from rayllm.train.step import TrainStep
+from rayllm.train.trainee import Heads
 
 
 class Checkpointer:
@@ -101,23 +101,25 @@ class Checkpointer:
         return tensors
 
     def _gather(self) -> dict[str, Tensor]:
-        """On one rank of each stage its whole weights, in the dtype of the export; nothing on the others."""
+        """On one rank of each stage its whole weights, in the dtype of the export; nothing on the others. A value head
+        is of use in training alone."""
         leads = self._mesh.data_rank == 0 and self._mesh.tp_rank == 0
         gathered: dict[str, Tensor] = {}
-        with _quiet():
-            for name, weight in self._step.optimizer.weights.items():
-                value = _placed(weight.local.detach(), weight)
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                if leads:
-                    gathered[name] = whole.to("cpu", DTYPES[self._dtype], copy=True)
+        for name, weight in self._step.optimizer.weights.items():
+            if name == VALUE:
+                continue
+            value = whole(_placed(weight.local.detach(), weight))
+            if leads:
+                gathered[name] = value.to("cpu", DTYPES[self._dtype], copy=True)
         return gathered
 
     def _finish(self, written: Future[Any], staging: Path, exported: dict[str, Tensor], state: TrainState) -> None:
         """In the thread."""
         problem, trainee = None, self._step.trainee
+        scores = trainee.heads is Heads.SCORE
         try:
             if exported:
-                tensors = stored_tensors(trainee.decoder.spec, exported, scores=trainee.scores)
+                tensors = stored_tensors(trainee.decoder.spec, exported, scores=scores)
                 write_part_files(staging, self._mesh.pp_rank, tensors)
             written.result()
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -125,7 +127,7 @@ class Checkpointer:
         self._agree(problem)
         if dist.get_rank() == 0:
             join_part_files(staging)
-            write_config(self._source, staging, self._dtype, scores=trainee.scores)
+            write_config(self._source, staging, self._dtype, scores=scores)
             self._saved.publish(state)
             self._saved.prune(self._config)
 
@@ -159,15 +161,3 @@ def _placed(local: Tensor, weight: Weight) -> Tensor:
 
 def _rng_name() -> str:
     return f"rng.{dist.get_rank()}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Gathering a weight that is split twice takes two collectives, which torch finds worth a warning for each."""
-    logger = logging.getLogger("torch.distributed.tensor._redistribute")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

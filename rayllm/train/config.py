@@ -13,6 +13,7 @@ from rayllm.parallel import plan
 
 ScheduleKind = Literal["constant", "cosine", "wsd"]
 DType = Literal["float32", "bfloat16"]
+KlEstimator = Literal["k1", "k3"]
 PreferenceLoss = Literal["sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "simpo"]
 
 
@@ -48,7 +49,7 @@ class BatchConfig:
     `rows` of them at a time. How often it does (gradient accumulation) follows from the layout.
 
     Of preference pairs a row is a pair, whose two sequences are of at most `sequence_length` tokens each: a step takes
-    `tokens / sequence_length` pairs, however long they are."""
+    `tokens / sequence_length` pairs, however long they are. Of prompts a row is a prompt with its answer."""
 
     sequence_length: int
     tokens: int
@@ -175,6 +176,44 @@ class DpoConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PpoConfig:
+    """How a policy learns from the rewards of its own answers.
+
+    A rollout: `minibatches` x as many prompts as a step has rows are answered, in at most `answer_tokens` each, by the
+    policy itself (temperature 1, nothing cut off). All answers are learnt from in `epochs` passes of `minibatches`
+    steps; then comes the next rollout. `reward_model`: what `rayllm train rm` made, scores a whole answer; one that is
+    cut off before its end gets `unfinished_penalty` less. `rayllm.train.losses.ppo` says what the others mean.
+    """
+
+    reward_model: str = ""
+    answer_tokens: int = 64
+    minibatches: int = 4
+    epochs: int = 2
+    unfinished_penalty: float = 0.0
+    kl_coef: float = 0.05
+    kl_estimator: KlEstimator = "k1"
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive(self, "ppo", "answer_tokens", "minibatches", "epochs", "clip_low", "clip_high", "value_clip")
+        for name in ("unfinished_penalty", "kl_coef", "value_coef"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"ppo.{name}: {getattr(self, name)} is negative")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"ppo.{name}: {getattr(self, name)} is not in [0, 1]")
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.epochs * self.minibatches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """`run`: the folder that takes checkpoints and metrics; on a cluster one that all nodes share. A run that is
     started again goes on from its last checkpoint. `restarts`: how often it does so by itself where a worker is lost.
@@ -189,6 +228,7 @@ class TrainConfig:
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     restarts: int = 3
 
     def __post_init__(self) -> None:

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rayllm.core.tokenizer import Tokenizer
-from rayllm.models.checkpoint import INDEX, WEIGHTS
+from rayllm.models.checkpoint import INDEX, SCORE, WEIGHTS
 from rayllm.models.families import weight_names
 from rayllm.models.spec import DecoderSpec
 from rayllm.train.gradients import HEAD
-from rayllm.train.initial import SCORE
 
 _PART_BYTES = 4 << 30
 _CAUSAL = re.compile("ForCausalLM$|LMHeadModel$")
@@ -27,7 +26,7 @@ _METADATA = {"format": "pt"}
 
 
 def stored_tensors(spec: DecoderSpec, parameters: Mapping[str, Tensor], *, scores: bool = False) -> dict[str, Tensor]:
-    """Whole parameters by their names in the decoder -> tensors by their names in a checkpoint, a tied head left out.
+    """Whole parameters by their names in the decoder -> tensors by their names in a checkpoint, without a tied head.
 
     What a family stores in one matrix has to be here in all its parts. `scores`: the head is a reward model's.
     """

@@ -1,5 +1,5 @@
 """What a loss asks of the last projection: log-probabilities, whether one rank holds the vocabulary or several hold
-parts of it, or the single score of a reward model.
+parts of it, or a single number: the score of a reward model, the value that a policy expects.
 
 Logits are made some rows at a time and never kept. Letters: T tokens, D hidden, V vocabulary (of this rank), C tokens
 of a chunk.
@@ -21,10 +21,12 @@ _CHUNK_LOGITS = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """`weight_VD`: this rank's part of the vocabulary, in the order of ranks; `group`: the others, None alone."""
+    """`weight_VD`: this rank's part of the vocabulary, in the order of ranks; `group`: the others, None alone.
+    `value_1D`: of a head beside it, whole on every rank."""
 
     weight_VD: Tensor
     group: ProcessGroup | None
+    value_1D: Tensor | None = None
 
     def cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """-> the sum of the targets' negative log-probabilities, float32. The same on every rank of the group."""
@@ -34,8 +36,12 @@ class Head:
 
     def scores(self, hidden_ND: Tensor) -> Tensor:
         """-> [N] float32 or wider, of a head of one row, which is whole on every rank."""
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        return hidden_ND.to(wide) @ self.weight_VD[0].to(wide)
+        return _numbers(hidden_ND, self.weight_VD)
+
+    def values(self, hidden_TD: Tensor) -> Tensor:
+        """-> [T] float32 or wider, of the head beside the vocabulary's."""
+        assert self.value_1D is not None
+        return _numbers(hidden_TD, self.value_1D)
 
     def log_probs(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """-> [T] float32, each target's log-probability; 0 where it is `IGNORE`. The same on every rank of the group.
@@ -86,6 +92,11 @@ class _LogProbs(torch.autograd.Function):
         if ctx.group is not None:
             dist.all_reduce(dhidden, group=ctx.group)
         return dhidden, dweight.to(weight.dtype), None, None
+
+
+def _numbers(hidden_TD: Tensor, weight_1D: Tensor) -> Tensor:
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    return hidden_TD.to(wide) @ weight_1D[0].to(wide)
 
 
 def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rayllm.core.errors import ConfigError
-from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.checkpoint import SCORE, Checkpoint
 from rayllm.models.spec import DecoderSpec
 
 # A parameter of `Decoder.named_parameters()` and its whole shape -> its value, float32, the caller's to keep.
 InitialWeights = Callable[[str, tuple[int, ...]], Tensor]
 
-SCORE = "score.weight"  # [1, D], as transformers calls it
+VALUE = "value_head.weight"  # [1, D]
 _STD = 0.02
 
 
@@ -43,6 +43,11 @@ def with_score(weights: InitialWeights, seed: int) -> InitialWeights:
         return torch.empty(shape).normal_(0, 1 / math.sqrt(shape[1] + 1), generator=_generator(seed, parameter))
 
     return weight
+
+
+def with_value(weights: InitialWeights) -> InitialWeights:
+    """`weights`, and a value head that expects nothing yet: zeros."""
+    return lambda parameter, shape: torch.zeros(shape) if parameter == VALUE else weights(parameter, shape)
 
 
 def random_weights(spec: DecoderSpec, seed: int) -> InitialWeights:

@@ -24,6 +24,7 @@ from rayllm.train.data.reference import (
     refuse_other,
     write_reference,
 )
+from rayllm.train.feed import Feed, Setup, packed_feed
 from rayllm.train.head import Head
 from rayllm.train.losses.dpo import DpoLoss, DpoVariant
 from rayllm.train.losses.pairs import num_pairs, pair_logps, reference_logps
@@ -81,29 +82,26 @@ def check_pairs(config: TrainConfig, directory: Path, dataset: PackedDataset) ->
         refuse_other(_folder(config), ReferenceKey.of(directory, dataset, config.model.compute_dtype))
 
 
-def prepare_pairs(
-    config: TrainConfig, directory: Path, dataset: PackedDataset, trainee: Trainee, mesh: TrainMesh
-) -> Callable[[MicroBatch], MicroBatch]:
-    """On every rank, while `trainee` has the weights of the start model. -> what completes a micro-batch of pairs: the
-    reference, and one shape for all where pipeline stages need it."""
-    reference = None
-    if dpo_loss(config.dpo).needs_reference:
-        key = ReferenceKey.of(directory, dataset, config.model.compute_dtype)
-        reference = _reference(_folder(config), key, dataset, trainee, mesh, config.batch.rows)
-    shaped = shape_pairs(config, mesh)
-
-    def prepare(batch: MicroBatch) -> MicroBatch:
-        return shaped(batch) if reference is None else reference.attach(shaped(batch))
-
-    return prepare
+def pair_feed(setup: Setup) -> Feed:
+    """Pairs, in one shape for all micro-batches where pipeline stages need it."""
+    return packed_feed(setup, _shape(setup))
 
 
-def shape_pairs(config: TrainConfig, mesh: TrainMesh) -> Callable[[MicroBatch], MicroBatch]:
-    """-> what gives a micro-batch of pairs the one shape of all, where pipeline stages need it."""
-    length = config.batch.sequence_length
-    if mesh.layout.pipeline == 1:
-        return lambda batch: batch
-    return lambda batch: batch.padded(2 * config.batch.rows * length, length)
+def preference_feed(setup: Setup) -> Feed:
+    """Pairs, with what the reference says of them."""
+    config, shape = setup.config, _shape(setup)
+    if not dpo_loss(config.dpo).needs_reference:
+        return packed_feed(setup, shape)
+    key = ReferenceKey.of(setup.directory, setup.dataset, config.model.compute_dtype)
+    reference = _reference(_folder(config), key, setup.dataset, setup.trainee, setup.mesh, config.batch.rows)
+    return packed_feed(setup, lambda batch: reference.attach(shape(batch)))
+
+
+def _shape(setup: Setup) -> Callable[[MicroBatch], MicroBatch]:
+    batch = setup.config.batch
+    if setup.mesh.layout.pipeline == 1:
+        return lambda pairs: pairs
+    return lambda pairs: pairs.padded(2 * batch.rows * batch.sequence_length, batch.sequence_length)
 
 
 def _folder(config: TrainConfig) -> Path:

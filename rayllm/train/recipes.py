@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
+from rayllm.train import ppo
 from rayllm.train.data.rows import Kind
 from rayllm.train.objective import NextToken
-from rayllm.train.preference import Preference, check_pairs, dpo_loss, prepare_pairs, shape_pairs
+from rayllm.train.policy import Policy
+from rayllm.train.preference import Preference, check_pairs, dpo_loss, pair_feed, preference_feed
 from rayllm.train.reward import Reward, check_start
+from rayllm.train.trainee import Heads
 from rayllm.train.trainer import Recipe
 
 RECIPES: Mapping[str, Recipe] = {
@@ -17,16 +20,24 @@ RECIPES: Mapping[str, Recipe] = {
             name="rm",
             kind=Kind.PREFERENCE,
             objective=lambda config: Reward(),
-            scores=True,
+            heads=Heads.SCORE,
             check=check_start,
-            prepare=lambda config, directory, dataset, trainee, mesh: shape_pairs(config, mesh),
+            feed=pair_feed,
         ),
         Recipe(
             name="dpo",
             kind=Kind.PREFERENCE,
             objective=lambda config: Preference(dpo_loss(config.dpo)),
             check=check_pairs,
-            prepare=prepare_pairs,
+            feed=preference_feed,
+        ),
+        Recipe(
+            name="ppo",
+            kind=Kind.PROMPT,
+            objective=lambda config: Policy(config.ppo),
+            heads=Heads.VOCABULARY_AND_VALUE,
+            check=ppo.check,
+            feed=ppo.feed,
         ),
     )
 }

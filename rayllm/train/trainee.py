@@ -8,6 +8,7 @@ of a micro-batch, D hidden, V vocabulary.
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from rayllm.models.checkpoint import DTYPES
+from rayllm.models.checkpoint import DTYPES, SCORE
 from rayllm.models.context import DenseContext
 from rayllm.models.decoder import Decoder
 from rayllm.models.layers import Block, Linear
@@ -25,24 +26,30 @@ from rayllm.parallel.pipeline import keep_stage
 from rayllm.train.batch import MicroBatch
 from rayllm.train.config import ModelConfig, check_layout
 from rayllm.train.head import Head
-from rayllm.train.initial import SCORE, InitialWeights
+from rayllm.train.initial import InitialWeights
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
 from rayllm.train.tensor import split_module
 
 
-class Trainee(nn.Module):
-    """The unit that is sharded, pipelined and called. `decoder` keeps its names.
+class Heads(Enum):
+    """What lies behind the last norm. A score or a value is a single row, whole on every tensor rank: `lm_head` of a
+    reward model, `value_head` beside the vocabulary's of a policy."""
 
-    `scores`: the decoder's head is a single row, which is whole on every tensor rank: that of a reward model.
-    """
+    VOCABULARY = "vocabulary"
+    SCORE = "score"
+    VOCABULARY_AND_VALUE = "vocabulary and value"
+
+
+class Trainee(nn.Module):
+    """The unit that is sharded, pipelined and called. `decoder` keeps its names."""
 
     def __init__(
-        self, decoder: Decoder, objective: Objective, mesh: TrainMesh, dtype: torch.dtype, *, scores: bool
+        self, decoder: Decoder, objective: Objective, mesh: TrainMesh, dtype: torch.dtype, heads: Heads
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.scores = scores
+        self.heads = heads
         self.dtype = dtype  # of the computation
         self.objective = objective
         self._tp_group = mesh.group("tensor") if mesh.layout.tensor > 1 else None
@@ -73,11 +80,16 @@ class Trainee(nn.Module):
 
     def _head(self) -> Head:
         assert self.decoder.lm_head is not None
-        weight_VD = self.decoder.lm_head.weight
-        assert isinstance(weight_VD, Tensor)
-        if isinstance(weight_VD, DTensor):
-            weight_VD = weight_VD.to_local()
-        return Head(weight_VD, self._tp_group)
+        weight_VD = _here(self.decoder.lm_head)
+        if self.heads is not Heads.VOCABULARY_AND_VALUE:
+            return Head(weight_VD, self._tp_group)
+        return Head(weight_VD, self._tp_group, _here(self.decoder.value_head))
+
+
+def _here(head: nn.Module | Tensor) -> Tensor:
+    assert isinstance(head, nn.Module)
+    assert isinstance(head.weight, Tensor)
+    return head.weight.to_local() if isinstance(head.weight, DTensor) else head.weight
 
 
 def build_trainee(
@@ -86,22 +98,23 @@ def build_trainee(
     objective: Objective,
     mesh: TrainMesh,
     config: ModelConfig,
-    *,
-    scores: bool = False,
+    heads: Heads = Heads.VOCABULARY,
 ) -> Trainee:
-    """`scores`: with the head of a reward model in the place of the vocabulary's, `SCORE` among the weights.
+    """`weights` have `SCORE` or `VALUE` of `rayllm.train.initial` where `heads` asks for it.
 
     Raises ConfigError, before a weight is asked for, where the model cannot be split so.
     """
     check_layout(spec, mesh.layout)
-    if scores:
+    if heads is Heads.SCORE:
         spec = replace(spec, tie_word_embeddings=False)
     with torch.device("meta"):
         decoder = Decoder(spec)
-        if scores:
+        if heads is Heads.SCORE:
             decoder.lm_head = Linear(spec.hidden_size, 1, bias=False)
-    keep_stage(decoder, mesh.stage)
-    trainee = Trainee(decoder, objective, mesh, DTYPES[config.compute_dtype], scores=scores)
+        keep_stage(decoder, mesh.stage)
+        if heads is Heads.VOCABULARY_AND_VALUE and mesh.stage.is_last_stage:
+            decoder.value_head = Linear(spec.hidden_size, 1, bias=False)
+    trainee = Trainee(decoder, objective, mesh, DTYPES[config.compute_dtype], heads)
     for number, block in decoder.layers.items():
         name = f"layers.{number}"
         _materialize(block, name, weights, mesh)
@@ -111,11 +124,11 @@ def build_trainee(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
         _shard(block, mesh, config)
-    for name in ("embed_tokens", "embed_positions", "norm", "lm_head"):
-        module = getattr(decoder, name)
+    for name in ("embed_tokens", "embed_positions", "norm", "lm_head", "value_head"):
+        module = getattr(decoder, name, None)
         ties = name == "lm_head" and spec.tie_word_embeddings and decoder.embed_tokens is not None
         if module is not None and not ties:
-            is_score = name == "lm_head" and scores
+            is_score = name == "lm_head" and heads is Heads.SCORE
             _materialize(module, SCORE.removesuffix(".weight") if is_score else name, weights, mesh)
     decoder.tie_weights()
     _shard(trainee, mesh, config)

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,40 +17,36 @@ from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.families import spec_from_config
 from rayllm.models.hub import resolve_model
 from rayllm.models.spec import DecoderSpec
-from rayllm.train.batch import MicroBatch
 from rayllm.train.checkpoint import Checkpointer
-from rayllm.train.config import DpoConfig, TrainConfig, check_layout
+from rayllm.train.config import DpoConfig, PpoConfig, TrainConfig, check_layout
 from rayllm.train.data.cursor import Cursor
 from rayllm.train.data.dataset import PackedDataset
-from rayllm.train.data.loader import Loader
 from rayllm.train.data.rows import Kind
-from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_score
+from rayllm.train.feed import Feed, Setup, packed_feed
+from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_score, with_value
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
 from rayllm.train.progress import Progress, ProgressWriter
 from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.schedule import rate_share
 from rayllm.train.step import StepReport, TrainStep
-from rayllm.train.trainee import Trainee, build_trainee
+from rayllm.train.trainee import Heads, build_trainee
 
 # The start model's directory and its data, before workers start.
 Check = Callable[[TrainConfig, Path, PackedDataset], None]
-# On every rank, before the first step and before a checkpoint is restored -> what is done to each micro-batch.
-Prepare = Callable[[TrainConfig, Path, PackedDataset, Trainee, TrainMesh], Callable[[MicroBatch], MicroBatch]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What distinguishes one command from another: the data it reads, what is minimised, what it refuses beside what
-    all do, and what its micro-batches need to know that is not in the data. `scores`: what is trained is a reward
-    model, whose head gives a number and no vocabulary."""
+    """What distinguishes one command from another: the data it reads, what is minimised, what lies behind the decoder,
+    what it refuses beside what all do, and what its steps are fed with."""
 
     name: str
     kind: Kind
     objective: Callable[[TrainConfig], Objective]
-    scores: bool = False
+    heads: Heads = Heads.VOCABULARY
     check: Check = lambda config, directory, dataset: None
-    prepare: Prepare = lambda config, directory, dataset, trainee, mesh: lambda batch: batch
+    feed: Callable[[Setup], Feed] = packed_feed
 
 
 def check(config: TrainConfig, recipe: Recipe) -> None:
@@ -67,7 +63,7 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     dataset = PackedDataset(Path(config.data.path))
     if dataset.kind is not recipe.kind:
         raise DataError(f"{config.data.path}: holds {dataset.kind.value} rows; {recipe.name} reads {recipe.kind.value}")
-    if dataset.info.sequence_length != length:
+    if dataset.kind is not Kind.PROMPT and dataset.info.sequence_length != length:
         raise ConfigError(
             f"batch.sequence_length: {length}, but {config.data.path} was packed in rows of"
             f" {dataset.info.sequence_length} tokens"
@@ -75,8 +71,9 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     if not len(dataset):
         raise DataError(f"{config.data.path}: holds no rows")
     dataset.check_tokenizer(Tokenizer.load(directory))
-    if recipe.name != "dpo" and config.dpo != DpoConfig():
-        raise ConfigError(f"dpo: {recipe.name} has no use for it; only `rayllm train dpo` has")
+    for table, default in (("dpo", DpoConfig()), ("ppo", PpoConfig())):
+        if recipe.name != table and getattr(config, table) != default:
+            raise ConfigError(f"{table}: {recipe.name} has no use for it; only `rayllm train {table}` has")
     recipe.check(config, directory, dataset)
 
 
@@ -87,21 +84,16 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     directory = resolve_model(config.model.start)
     mesh = TrainMesh(config.layout, device)
     spec, weights = _start(config, directory)
-    if recipe.scores:
+    if recipe.heads is Heads.SCORE:
         weights = with_score(weights, config.model.seed)
+    elif recipe.heads is Heads.VOCABULARY_AND_VALUE:
+        weights = with_value(weights)
     objective = recipe.objective(config)
-    trainee = build_trainee(spec, weights, objective, mesh, config.model, scores=recipe.scores)
+    trainee = build_trainee(spec, weights, objective, mesh, config.model, heads=recipe.heads)
     step = TrainStep(trainee, objective, mesh, config.optimizer)
     checkpointer = Checkpointer(run, directory, step, mesh, config.checkpoint, config.model.save_dtype)
     dataset = PackedDataset(Path(config.data.path))
-    loader = Loader(
-        dataset=dataset,
-        samples_per_step=config.batch.tokens // config.batch.sequence_length,
-        micro_batch_size=config.batch.rows,
-        rank=mesh.data_rank,
-        num_ranks=config.layout.data,
-    )
-    prepare = recipe.prepare(config, directory, dataset, trainee, mesh)
+    feed = recipe.feed(Setup(config=config, directory=directory, dataset=dataset, trainee=trainee, mesh=mesh))
     done, cursor = 0, Cursor(seed=config.data.seed)
     saved = SavedRun(run).latest()
     if saved is not None:
@@ -110,10 +102,12 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     writer = ProgressWriter(run, done) if dist.get_rank() == 0 else None
     while done < config.schedule.steps:
         started = time.monotonic()
-        report = step(list(map(prepare, loader.step(cursor))), rate_share(done, config.schedule))
-        done, cursor = done + 1, loader.after_step(cursor)
+        work = feed(done, cursor)
+        report = step(work.batches, rate_share(done, config.schedule))
+        done, cursor = done + 1, work.cursor
         if writer is not None:
-            writer.add(_progress(config, done, report, time.monotonic() - started, device))
+            measures = {**work.measures, **report.measures}
+            writer.add(_progress(config, done, report, measures, time.monotonic() - started, device))
         every = config.checkpoint.every_steps
         if done == config.schedule.steps or (every and done % every == 0):
             if writer is not None:
@@ -138,7 +132,14 @@ def _start(config: TrainConfig, directory: Path) -> tuple[DecoderSpec, InitialWe
     return checkpoint.spec, stored_weights(checkpoint)
 
 
-def _progress(config: TrainConfig, step: int, report: StepReport, seconds: float, device: torch.device) -> Progress:
+def _progress(
+    config: TrainConfig,
+    step: int,
+    report: StepReport,
+    measures: Mapping[str, float],
+    seconds: float,
+    device: torch.device,
+) -> Progress:
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
@@ -147,7 +148,7 @@ def _progress(config: TrainConfig, step: int, report: StepReport, seconds: float
         step=step,
         steps=config.schedule.steps,
         loss=report.loss,
-        measures=report.measures,
+        measures=measures,
         grad_norm=report.grad_norm,
         learning_rate=report.learning_rate,
         count=report.count,

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -199,6 +200,37 @@ def test_rewards_are_learnt_from_the_command_line(file: Path, tmp_path: Path, ti
     assert cat.item() > dog.item()
     with pytest.raises(CheckpointError, match="is a reward model"):
         LLM(saved)
+
+
+def test_a_policy_is_trained_from_the_command_line(file: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Rewards for one word and against another, learnt from pairs, teach the policy to say it."""
+    learnt = [f"--set={one}" for one in (*cat_and_dog(tmp_path, tiny_model), "schedule.steps=12")]
+    command = [sys.executable, "-m", "rayllm", "train", "rm", "--config", str(file), "--json", *learnt]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = [{"prompt": f"{n * 7919 % 1000}"} for n in range(24)]
+    prompts = pack_rows(tmp_path / "prompts", tiny_model, Kind.PROMPT, rows, 8)
+    settings = [
+        *(f"run={tmp_path / 'ppo'}", f"data.path={prompts}", "model.random=false", "layout.shard=2"),
+        *("batch.sequence_length=16", f"batch.tokens={32 * 16}", "batch.rows=8", "schedule.kind=constant"),
+        *("schedule.steps=60", "checkpoint.every_steps=0", "optimizer.learning_rate=2e-3"),
+        *("ppo.answer_tokens=4", "ppo.minibatches=1", "ppo.epochs=4", "ppo.kl_coef=0.01"),
+        f"ppo.reward_model={json.loads(result.stdout)['checkpoint']}",
+    ]
+    command = [sys.executable, "-m", "rayllm", "train", "ppo", "--config", str(file), "--json"]
+    result = subprocess.run(
+        [*command, *(f"--set={one}" for one in settings)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "step 60/60  loss" in result.stderr
+    metrics = read_metrics(tmp_path / "ppo")
+    assert metrics[0].measures["kl"] == 0
+    rewards = [row.measures["reward"] for row in metrics[::4]]
+    assert statistics.mean(rewards[-3:]) > statistics.mean(rewards[:3]) + 0.5
+    assert max(row.measures["gap_max_abs_diff"] for row in metrics) < 1e-4
+    with LLM(json.loads(result.stdout)["checkpoint"], cache=CacheConfig(cpu_memory_bytes=64 << 20)) as llm:
+        [answer] = llm.generate(["17"])
+    assert answer.outputs[0].token_ids
 
 
 def _preference(model: Path) -> float:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rayllm.core.errors import CheckpointError, ConfigError
-from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.checkpoint import SCORE, Checkpoint
 from tests.tiny_models import save_tiny
 
 WEIGHTS = "model.safetensors"
@@ -103,6 +104,40 @@ def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
     Checkpoint.open(tmp_path)
     set_config(tmp_path, architectures=["LlamaForSequenceClassification"])
     refused(tmp_path, "", "LlamaForSequenceClassification")
+
+
+@pytest.mark.parametrize("case", ["llama-mqa-tied", "llama-gqa"])
+def test_a_reward_model_is_read_as_one(tmp_path: Path, case: str) -> None:
+    """As transformers writes it: the bare model's tensors, and one row."""
+    save_tiny(tmp_path / "language", case)
+    with pytest.raises(CheckpointError, match="is no reward model, but LlamaForCausalLM"):
+        Checkpoint.open(tmp_path / "language", scores=True)
+    config = AutoConfig.from_pretrained(tmp_path / "language", num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "reward")
+    checkpoint = Checkpoint.open(tmp_path / "reward", scores=True)
+    assert "lm_head.weight" not in checkpoint.parameters
+    torch.testing.assert_close(whole(checkpoint, SCORE), model.score.weight.detach(), rtol=0, atol=0)
+    embedding = model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(whole(checkpoint, "embed_tokens.weight"), embedding, rtol=0, atol=0)
+    edit(tmp_path / "reward", {SCORE: torch.zeros(2, 48)})
+    with pytest.raises(
+        CheckpointError, match=r"tensor score.weight has shape \[2, 48\], config.json asks for \[1, 48\]"
+    ):
+        Checkpoint.open(tmp_path / "reward", scores=True)
+
+
+@pytest.mark.parametrize("case", ["llama-mqa-tied", "gpt2-untied"])
+def test_weights_in_memory_are_read_as_those_of_a_file(tmp_path: Path, case: str) -> None:
+    save_tiny(tmp_path, case)
+    stored = Checkpoint.open(tmp_path)
+    tied = stored.spec.tie_word_embeddings
+    names = [name for name in stored.parameters if not (tied and name == "lm_head.weight")]
+    held = Checkpoint.held(tmp_path, stored.config, {name: whole(stored, name) for name in names})
+    assert held.spec == stored.spec
+    assert held.dtype == stored.dtype
+    for name in stored.parameters:
+        torch.testing.assert_close(whole(held, name), whole(stored, name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])

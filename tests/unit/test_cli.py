@@ -64,6 +64,7 @@ FROZEN = {
     "train pretrain": "--config --set --address --json",
     "train sft": "--config --set --address --json",
     "train rm": "--config --set --address --json",
+    "train ppo": "--config --set --address --json",
     "train dpo": "--config --set --address --json",
     "parity": "model --tp --pp --dtype --int8 --prompts --bound --json",
     "plan": (

@@ -30,7 +30,7 @@ class LosingExecutor(LocalExecutor):
         super().__init__(self._load)
 
     def _load(self):
-        runner = load_runner(self._prepared.shard, Mesh.single())
+        runner = load_runner(self._prepared.checkpoint, self._prepared.shard, Mesh.single())
         runner.init_cache(runner.num_blocks_that_fit)
         return runner
 

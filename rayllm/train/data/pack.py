@@ -1,4 +1,4 @@
-"""Files of texts, conversations, preference pairs or prompts to a packed data set: a directory that is whole or not there.
+"""Files of texts, conversations, preference pairs or prompts to a packed data set: a directory, whole or not there.
 
 Every file is read and checked before the first worker starts. Rows keep their order, so the same files give the same
 data set, whatever runs them.

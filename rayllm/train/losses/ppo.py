@@ -6,12 +6,11 @@ ranks. Huang et al. 2024, "The N+ implementation details of RLHF with PPO", say 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-KlEstimator = Literal["k1", "k3"]
+from rayllm.train.config import KlEstimator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
