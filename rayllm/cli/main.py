@@ -21,6 +21,7 @@ from rayllm.cli import (
     quantize,
     serve,
     train,
+    train_report,
 )
 from rayllm.cli import eval as evaluation
 from rayllm.cli.bench import app as bench
@@ -46,6 +47,7 @@ evaluation.app.command("report", epilog=eval_report.EXAMPLES)(eval_report.report
 app.add_typer(evaluation.app, name="eval")
 data.app.command("show", epilog=data_show.EXAMPLES)(data_show.show)
 app.add_typer(data.app, name="data")
+train.app.command("report", epilog=train_report.EXAMPLES)(train_report.report)
 app.add_typer(train.app, name="train")
 app.command("parity", epilog=parity.EXAMPLES)(parity.parity)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)

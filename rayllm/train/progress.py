@@ -14,6 +14,8 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayllm.train.data.parquet import open_parquet, readable
+
 _PROGRESS, METRICS = "progress.json", "metrics.parquet"
 _FLUSH_S = 10.0
 
@@ -61,15 +63,21 @@ class ProgressWriter:
         """Metrics to the disk; also done now and then by `add`."""
         if self._rows:
             sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist([_flat(row) for row in self._rows]), sink)
+            rows = [_flat(row) for row in self._rows]
+            columns = dict.fromkeys(name for row in rows for name in row)  # a recipe may tell more of some steps
+            pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), sink)
             _replace(self._run / METRICS, sink.getvalue().to_pybytes())
         self._flushed = time.monotonic()
 
 
 def read_metrics(run: Path) -> list[Progress]:
-    """All steps that are on the disk."""
+    """All steps that are on the disk. DataError if they cannot be read."""
     path = run / METRICS
-    return [_of_flat(row) for row in pq.read_table(path).to_pylist()] if path.exists() else []
+    if not path.exists():
+        return []
+    file = open_parquet(path)
+    with readable(path):
+        return [_of_flat(row) for row in file.read().to_pylist()]
 
 
 def read_progress(run: Path) -> Progress | None:
@@ -89,7 +97,7 @@ def _flat(progress: Progress) -> dict[str, Any]:
 def _of_flat(row: dict[str, Any]) -> Progress:
     own = {field.name for field in fields(Progress)}
     measures = {name: row.pop(name) for name in list(row) if name not in own}
-    return Progress(**row, measures=measures)
+    return Progress(**row, measures={name: value for name, value in measures.items() if value is not None})
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -27,6 +27,7 @@ from rayllm.train.initial import InitialWeights, random_weights, stored_weights,
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
 from rayllm.train.progress import Progress, ProgressWriter
+from rayllm.train.run_info import write_run_info
 from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.schedule import rate_share
 from rayllm.train.step import StepReport, TrainStep
@@ -99,7 +100,10 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     if saved is not None:
         state = checkpointer.restore(saved)
         done, cursor = state.step, Cursor.from_state(dict(state.cursor), len(dataset))
-    writer = ProgressWriter(run, done) if dist.get_rank() == 0 else None
+    writer = None
+    if dist.get_rank() == 0:
+        write_run_info(config, recipe.name)
+        writer = ProgressWriter(run, done)
     while done < config.schedule.steps:
         started = time.monotonic()
         work = feed(done, cursor)

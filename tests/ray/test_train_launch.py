@@ -25,6 +25,7 @@ from rayllm.train.launch import launch
 from rayllm.train.progress import Progress, read_metrics
 from rayllm.train.saved import SavedRun
 from rayllm_cluster.session import Session
+from tests.html_page import parse
 from tests.packed_rows import pack_rows
 
 pytestmark = pytest.mark.ray
@@ -150,6 +151,12 @@ def test_command_line(file: Path, tmp_path: Path) -> None:
     assert answer["checkpoint"].endswith("step-00000003")
     assert answer["step"] == 3
     assert "step 3/3  loss" in result.stderr
+    report = [sys.executable, "-m", "rayllm", "train", "report", str(tmp_path / "run")]
+    result = subprocess.run(report, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    page = parse((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "3 of 3" in page.text
+    assert f"{read_metrics(tmp_path / 'run')[-1].loss:.4g}" in page.text
 
 
 def cat_and_dog(folder: Path, tokenizer: Path) -> list[str]:

@@ -66,6 +66,7 @@ FROZEN = {
     "train rm": "--config --set --address --json",
     "train ppo": "--config --set --address --json",
     "train dpo": "--config --set --address --json",
+    "train report": "run --output -o --json",
     "parity": "model --tp --pp --dtype --int8 --prompts --bound --json",
     "plan": (
         "model --params --dtype --quantize --kv-cache-dtype --gpu-memory --gpu-memory-fraction --context --max-gpus"

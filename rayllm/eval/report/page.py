@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rayllm.core.page import render_page, write_page
 from rayllm.eval.report.runs import Row, Run, read_runs, task_names
 from rayllm.eval.report.statistics import Calibration, Difference, calibration, changed, paired_difference
 
@@ -68,24 +69,13 @@ class Section:
 
 def write_report(directories: Sequence[Path], path: Path) -> None:
     """Raises ConfigError or DataError for folders that hold no finished runs."""
-    html = render(read_runs(directories))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    write_page(render(read_runs(directories)), path)
 
 
 def render(runs: Sequence[Run]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("rayllm.eval.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(figure=_figure, signed=_signed, error=_error)
     sections = [_section(task, runs) for task in task_names(runs)]
-    return environment.get_template("page.html.j2").render(runs=runs, sections=sections)
+    filters = {"figure": _figure, "signed": _signed, "error": _error}
+    return render_page("rayllm.eval.report", filters, runs=runs, sections=sections)
 
 
 def _section(task: str, runs: Sequence[Run]) -> Section:
