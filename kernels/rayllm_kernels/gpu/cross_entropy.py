@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.spec import Spec
 
 _BLOCK = 4096
@@ -56,7 +57,17 @@ def losses_and_gradients(logits_CV: Tensor, targets_C: Tensor, ignore_index: int
     """-> losses [C], float32; dense logits become their gradients."""
     rows, size = logits_CV.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
-    cross_entropy_kernel[(rows,)](logits_CV, targets_C, losses, size, ignore_index, BLOCK_V=_BLOCK, num_warps=_WARPS)
+    launch_kernel(
+        cross_entropy_kernel,
+        (rows,),
+        logits_CV,
+        targets_C,
+        losses,
+        size,
+        ignore_index,
+        BLOCK_V=_BLOCK,
+        num_warps=_WARPS,
+    )
     return losses
 
 

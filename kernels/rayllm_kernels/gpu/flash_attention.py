@@ -28,6 +28,7 @@ from rayllm_kernels.gpu.flash_attention_configs import (
     tiling,
 )
 from rayllm_kernels.gpu.flash_attention_forward import flash_attention_forward_kernel
+from rayllm_kernels.gpu.launch import launch_kernel
 
 LOG2E = 1.4426950408889634
 
@@ -86,7 +87,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, tile: Tiling) -> 
     if rows == 0 or k.shape[0] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = (_readable(x, tile.tma) for x in (q, k, v))
-    flash_attention_forward_kernel[(tile_count(rows, pattern.sequences, tile.block_m), heads)](
+    launch_kernel(
+        flash_attention_forward_kernel,
+        (tile_count(rows, pattern.sequences, tile.block_m), heads),
         _describe(q, tile.block_m, tile.tma),
         _describe(k, tile.block_n, tile.tma),
         _describe(v, tile.block_n, tile.tma),
@@ -113,7 +116,9 @@ def _delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
     """[H, T] float32: what every score's gradient is less by."""
     rows, heads, head_dim = out.shape
     delta = torch.empty_like(lse)
-    flash_attention_delta_kernel[(triton.cdiv(rows, DELTA_ROWS), heads)](
+    launch_kernel(
+        flash_attention_delta_kernel,
+        (triton.cdiv(rows, DELTA_ROWS), heads),
         out,
         dout,
         lse if dlse is None else dlse.contiguous(),  # lse: not read, but a pointer has to be given
@@ -163,11 +168,29 @@ def backward(
         )
 
     starts = (pattern.q_starts, pattern.k_starts, pattern.sequences, rows)
-    flash_attention_dkdv_kernel[(tile_count(keys, pattern.sequences, kv_tile.block_n), kv_heads)](
-        *inputs(kv_tile), dk, dv, *starts, keys, *numbers, *strides, dk.stride(0), **pattern.options(head_dim, kv_tile)
+    launch_kernel(
+        flash_attention_dkdv_kernel,
+        (tile_count(keys, pattern.sequences, kv_tile.block_n), kv_heads),
+        *inputs(kv_tile),
+        dk,
+        dv,
+        *starts,
+        keys,
+        *numbers,
+        *strides,
+        dk.stride(0),
+        **pattern.options(head_dim, kv_tile),
     )
-    flash_attention_dq_kernel[(tile_count(rows, pattern.sequences, q_tile.block_m), heads)](
-        *inputs(q_tile), dq, *starts, *numbers, *strides, dq.stride(0), **pattern.options(head_dim, q_tile)
+    launch_kernel(
+        flash_attention_dq_kernel,
+        (tile_count(rows, pattern.sequences, q_tile.block_m), heads),
+        *inputs(q_tile),
+        dq,
+        *starts,
+        *numbers,
+        *strides,
+        dq.stride(0),
+        **pattern.options(head_dim, q_tile),
     )
     return dq, dk, dv
 

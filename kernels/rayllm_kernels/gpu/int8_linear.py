@@ -18,6 +18,7 @@ from rayllm_kernels.gpu.int8_linear_kernels import (
     w8a8_kernel,
     w8a16_kernel,
 )
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.spec import Spec
 
 _GROUP = 8
@@ -78,7 +79,9 @@ def row_bounds(x_TK: Tensor, columns_J: Tensor | None) -> Tensor:
     rows, length = x_TK.shape
     bound_T1 = x_TK.new_empty((rows, 1), dtype=torch.float32)
     block = triton.next_power_of_2(length)
-    row_bounds_kernel[(rows,)](
+    launch_kernel(
+        row_bounds_kernel,
+        (rows,),
         x_TK,
         x_TK if columns_J is None else columns_J,
         bound_T1,
@@ -108,7 +111,9 @@ def quantize_rows(x_TK: Tensor, columns_J: Tensor | None, bound_T1: Tensor | Non
     q_TK, scale_T1 = x_TK.new_empty(x_TK.shape, dtype=torch.int8), x_TK.new_empty((rows, 1), dtype=torch.float32)
     kept_TJ = x_TK.new_empty((rows, count))
     block = triton.next_power_of_2(length)
-    quantize_rows_kernel[(rows,)](
+    launch_kernel(
+        quantize_rows_kernel,
+        (rows,),
         x_TK,
         q_TK,
         scale_T1,
@@ -188,7 +193,9 @@ def launch_w8a8(
 ) -> Tensor:
     (rows, length), outputs, count = q_TK.shape, len(weight_NK), kept_TJ.shape[1]
     out_TN = kept_TJ.new_empty((rows, outputs))
-    w8a8_kernel[(triton.cdiv(rows, tiles.t) * triton.cdiv(outputs, tiles.n),)](
+    launch_kernel(
+        w8a8_kernel,
+        (triton.cdiv(rows, tiles.t) * triton.cdiv(outputs, tiles.n),),
         q_TK,
         weight_NK,
         x_scale_T1,
@@ -223,7 +230,9 @@ def launch_w8a16(
     splits = triton.cdiv(length, per_split)
     parts = x_TK.new_empty((splits, rows, outputs), dtype=torch.float32) if splits > 1 else out_TN
     bias = out_TN if bias_N is None else bias_N
-    w8a16_kernel[(triton.cdiv(outputs, tiles.n), triton.cdiv(rows, tiles.t), splits)](
+    launch_kernel(
+        w8a16_kernel,
+        (triton.cdiv(outputs, tiles.n), triton.cdiv(rows, tiles.t), splits),
         x_TK,
         weight_NK,
         scale_N1,
@@ -244,8 +253,18 @@ def launch_w8a16(
     )
     if splits > 1:
         block = 256
-        join_splits_kernel[(triton.cdiv(outputs, block), rows)](
-            parts, scale_N1, bias, out_TN, rows, outputs, splits, BLOCK_N=block, HAS_BIAS=bias_N is not None
+        launch_kernel(
+            join_splits_kernel,
+            (triton.cdiv(outputs, block), rows),
+            parts,
+            scale_N1,
+            bias,
+            out_TN,
+            rows,
+            outputs,
+            splits,
+            BLOCK_N=block,
+            HAS_BIAS=bias_N is not None,
         )
     return out_TN
 

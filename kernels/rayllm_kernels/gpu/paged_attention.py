@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.paged_attention_kernels import attend_kernel, join_kernel
 from rayllm_kernels.gpu.spec import Spec
 from rayllm_kernels.gpu.split_work import BLOCK_B, Bounds
@@ -186,7 +187,9 @@ def launch(
     partial_out = q_THE.new_empty((bounds.slots, kv_heads, rows, head_dim), dtype=torch.float32)
     partial_lse = q_THE.new_empty((bounds.slots, kv_heads, rows), dtype=torch.float32)
     limits = (window or 0, sequences, bounds.max_items)
-    attend_kernel[(bounds.items * kv_heads,)](
+    launch_kernel(
+        attend_kernel,
+        (bounds.items * kv_heads,),
         q_THE,
         k_cache_NPKE,
         v_cache_NPKE,
@@ -209,7 +212,9 @@ def launch(
         num_stages=config.num_stages,
     )
     if bounds.split_blocks:
-        join_kernel[(bounds.split_blocks * kv_heads * triton.cdiv(rows, problem.rows_joined),)](
+        launch_kernel(
+            join_kernel,
+            (bounds.split_blocks * kv_heads * triton.cdiv(rows, problem.rows_joined),),
             out_THE,
             partial_out,
             partial_lse,

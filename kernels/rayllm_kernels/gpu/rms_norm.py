@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.spec import Spec
 
 MAX_SIZE = 8192  # from there on the backward pass would spill registers
@@ -111,7 +112,9 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     summed = x if residual is None else torch.empty_like(out)
     tile = norm_tile(size)
     if rows > 0:
-        rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        launch_kernel(
+            rms_norm_kernel,
+            (triton.cdiv(rows, tile["ROWS"]),),
             x,
             residual,
             weight,
@@ -160,7 +163,9 @@ def rms_norm_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = max(1, min(_PARTIAL_ROWS, triton.cdiv(rows, tile["ROWS"])))
     dweight = torch.empty((programs, size), dtype=torch.float32, device=x.device)
-    rms_norm_backward_kernel[(programs,)](
+    launch_kernel(
+        rms_norm_backward_kernel,
+        (programs,),
         x.contiguous(),
         weight,
         dout.contiguous(),

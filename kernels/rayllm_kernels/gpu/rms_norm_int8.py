@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayllm_kernels.gpu import rms_norm
 from rayllm_kernels.gpu.int8_linear_kernels import largest_magnitude, to_int8
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.rms_norm import MAX_SIZE, norm_tile, norm_warps
 from rayllm_kernels.gpu.spec import Spec
 
@@ -57,7 +58,9 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     summed = x if residual is None else torch.empty_like(x)
     tile = norm_tile(size)
     if rows > 0:
-        rms_norm_int8_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        launch_kernel(
+            rms_norm_int8_kernel,
+            (triton.cdiv(rows, tile["ROWS"]),),
             x,
             residual,
             weight,

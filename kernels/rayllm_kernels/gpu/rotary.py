@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.spec import Spec
 
 
@@ -95,7 +96,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tup
     q, k = _readable(q), _readable(k)
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if tokens > 0:
-        rotary_kernel[(tokens,)](
+        launch_kernel(
+            rotary_kernel,
+            (tokens,),
             q,
             k,
             q_out,

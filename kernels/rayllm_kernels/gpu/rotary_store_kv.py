@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.rotary import head_tiles, rotate_heads, warps
 from rayllm_kernels.gpu.spec import Spec
 
@@ -52,7 +53,9 @@ def rotary_store_kv(
     tokens, heads, head_dim = q.shape
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens > 0:
-        rotary_store_kernel[(tokens,)](
+        launch_kernel(
+            rotary_store_kernel,
+            (tokens,),
             q,
             k,
             v,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.spec import Spec
 
 _BLOCK = 1024
@@ -69,8 +70,17 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     rows, size = gate.shape
     out = torch.empty((rows, size), dtype=gate.dtype, device=gate.device)
     if out.numel() > 0:
-        silu_mul_kernel[(rows, triton.cdiv(size, _BLOCK))](
-            gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=_BLOCK, num_warps=_WARPS
+        launch_kernel(
+            silu_mul_kernel,
+            (rows, triton.cdiv(size, _BLOCK)),
+            gate,
+            up,
+            out,
+            gate.stride(0),
+            up.stride(0),
+            size,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
         )
     return out
 
@@ -86,7 +96,9 @@ def silu_mul_backward(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, T
     rows, size = gate.shape
     dgate, dup = (torch.empty((rows, size), dtype=gate.dtype, device=gate.device) for _ in range(2))
     if dgate.numel() > 0:
-        silu_mul_backward_kernel[(rows, triton.cdiv(size, _BLOCK))](
+        launch_kernel(
+            silu_mul_backward_kernel,
+            (rows, triton.cdiv(size, _BLOCK)),
             gate,
             up,
             dout.contiguous(),

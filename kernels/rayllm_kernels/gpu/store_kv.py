@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.spec import Spec
 
 _NUM_WARPS = 4
@@ -85,7 +86,9 @@ def store_kv(
     """For tensors that `supports` takes; the scales are given where the caches are int8, and contiguous."""
     if k_TKE.shape[0] == 0:
         return
-    store_kernel[(k_TKE.shape[0],)](
+    launch_kernel(
+        store_kernel,
+        (k_TKE.shape[0],),
         k_TKE,
         v_TKE,
         k_cache_NPKE,

@@ -53,6 +53,16 @@ def test_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_another_device_than_the_current_one() -> None:
+    x, weight = (gpu(*shape, dtype=torch.float32).to("cuda:1") for shape in ((17, 576), (576,)))
+    assert torch.cuda.current_device() == 0
+    normed = rms_norm(x, weight, 1e-5)
+    assert normed.device == x.device
+    torch.testing.assert_close(normed, rms_norm_reference(x, weight, 1e-5), rtol=1e-6, atol=1e-6)
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gradient_of_a_norm_is_the_same_every_time(dtype: torch.dtype) -> None:
     x, weight = gpu(3000, 576, dtype=dtype).requires_grad_(), gpu(576, dtype=dtype).requires_grad_()
