@@ -3,7 +3,6 @@
 `rayllm eval MODEL ...` is short for `rayllm eval run MODEL ...`: the first word is a command only if one has that name.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,9 +16,6 @@ from rayllm.core.errors import ConfigError
 
 if TYPE_CHECKING:  # brings torch
     from rayllm.eval.backend import Backend
-    from rayllm.eval.data import Data
-    from rayllm.eval.runner import EvalSettings, TaskResult
-    from rayllm.eval.task import Task
 
 EXAMPLES = """
 Example: `rayllm eval run smollm2-135m --tasks mmlu --num-fewshot 5 --data data --output runs/smollm2`,
@@ -85,6 +81,7 @@ def run(
     """
     from rayllm.eval.data import Data
     from rayllm.eval.registry import find_task
+    from rayllm.eval.run import run_tasks
     from rayllm.eval.runner import EvalSettings, check_task
 
     settings = EvalSettings(num_fewshot=num_fewshot, limit=limit, seed=seed, allow_code_execution=allow_code_execution)
@@ -103,7 +100,16 @@ def run(
         backend = _open_backend(engine, model, url, check_tasks)
         loaded_as = {name: getattr(engine, name) for name in ("dtype", "quantize", "kv_cache_dtype", "max_model_len")}
         try:
-            report = _run_tasks(chosen, backend, loaded_as, documents, settings, output)
+            report = run_tasks(
+                chosen,
+                backend,
+                loaded_as,
+                documents,
+                settings,
+                output=output,
+                progress=progress,
+                on_done=lambda result: note(f"{result.task}: done"),
+            )
         finally:
             backend.close()
     if as_json:
@@ -137,46 +143,6 @@ def _connect(url: str) -> "Backend":
 
         return HttpBackend(url)
     raise ConfigError(f"--url: {url!r} begins with none of http://, https:// and grpc://")
-
-
-def _run_tasks(
-    tasks: "list[Task]",
-    backend: "Backend",
-    loaded_as: dict[str, Any],
-    data: "Data",
-    settings: "EvalSettings",
-    output: Path | None,
-) -> dict[str, Any]:
-    """`loaded_as`: what was asked for that changes what the model answers."""
-    from rayllm.eval.runner import run_task
-    from rayllm.eval.samples import claim, write_results
-
-    described = {
-        "model": backend.model,
-        "weight_version": backend.weight_version,
-        **loaded_as,
-        "num_fewshot": settings.num_fewshot,
-        "seed": settings.seed,
-    }
-    if output is not None:
-        claim(output, described)
-    results: list[TaskResult] = []
-    started = time.perf_counter()
-    for task in tasks:
-        results.append(run_task(task, backend, data, settings, output=output, progress=progress))
-        note(f"{task.name}: done")
-    usage = backend.usage
-    report = {
-        **described,
-        "limit": settings.limit,
-        "seconds": time.perf_counter() - started,
-        "prompt_tokens": None if usage is None else usage.prompt_tokens,
-        "cached_tokens": None if usage is None else usage.cached_tokens,
-        "tasks": {result.task: result.as_json() for result in results},
-    }
-    if output is not None:
-        write_results(output, report)
-    return report
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -61,9 +61,13 @@ class EngineParts:
     limits: ModelLimits
 
 
-def prepare(config: EngineConfig) -> Prepared:
-    """Raises ConfigError or CheckpointError before any weight is read."""
-    checkpoint = Checkpoint.open(resolve_model(config.model.model))
+def prepare(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Prepared:
+    """`checkpoint`: what is read in the place of `config.model.model`; a single shard can read one that lies in memory.
+
+    Raises ConfigError or CheckpointError before any weight is read.
+    """
+    if checkpoint is None:
+        checkpoint = Checkpoint.open(resolve_model(config.model.model))
     if checkpoint.int8 and config.model.quantize is not None:
         raise ConfigError(f"quantize: {config.model.model} is an int8 checkpoint already; leave the option out")
     check_layout(checkpoint.spec, config.parallel.tensor, config.parallel.pipeline)

@@ -52,7 +52,7 @@ class LLM:
 
     @classmethod
     def from_prepared(cls, prepared: Prepared) -> Self:
-        """Of a checkpoint that is open: also of one that lies in memory, which only a single shard can read."""
+        """Of a checkpoint that is open."""
         llm = cls.__new__(cls)
         llm._start(prepared)
         return llm

@@ -7,6 +7,7 @@ from dataclasses import replace
 from rayllm.core.config import EngineConfig
 from rayllm.core.errors import ConfigError
 from rayllm.core.types import SamplingParams
+from rayllm.engine.build import prepare
 from rayllm.engine.llm import LLM
 from rayllm.engine.outputs import RequestOutput
 from rayllm.eval.backend import OnResponse, Usage
@@ -37,13 +38,18 @@ class LocalBackend:
     def open(cls, config: EngineConfig) -> "LocalBackend":
         """Raises ConfigError or CheckpointError when the model cannot be loaded."""
         checkpoint = Checkpoint.open(resolve_model(config.model.model))
+        return cls.of(config, checkpoint, weight_version(checkpoint.directory))
+
+    @classmethod
+    def of(cls, config: EngineConfig, checkpoint: Checkpoint, version: str) -> "LocalBackend":
+        """Of weights that may lie in memory. Raises ConfigError when they cannot be loaded so."""
         longest = _max_model_len(config, checkpoint)
         model = replace(config.model, model=str(checkpoint.directory), max_model_len=longest)
-        llm = LLM.from_config(replace(config, model=model))
+        llm = LLM.from_prepared(prepare(replace(config, model=model), checkpoint))
         return cls(
             llm,
             model=config.model.model,
-            weight_version=weight_version(checkpoint.directory),
+            weight_version=version,
             max_input_tokens=min(longest, llm.limits.max_request_tokens) - 1,
             block_size=config.cache.block_size,
             step_tokens=config.scheduler.max_num_batched_tokens,

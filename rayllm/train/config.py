@@ -165,6 +165,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """`tasks` of `rayllm eval` on the model under training: before the first step, after each `every_steps` (0: none
+    between) and after the last. `data`: a folder of documents; "": the hub. `limit`: the first documents of each
+    subject."""
+
+    tasks: tuple[str, ...] = ()
+    data: str = ""
+    every_steps: int = 0
+    num_fewshot: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ConfigError(f"evaluation.every_steps: {self.every_steps} is negative")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError(f"evaluation.num_fewshot: {self.num_fewshot} is negative")
+        if self.limit is not None:
+            _positive(self, "evaluation", "limit")
+        if not self.tasks and any((self.data, self.every_steps, self.num_fewshot, self.limit)):
+            raise ConfigError("evaluation.tasks: names no task")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DpoConfig:
     """What preference pairs are learnt by; `rayllm.train.losses.dpo` says what each of these means and which go
     together."""
@@ -227,6 +250,7 @@ class TrainConfig:
     schedule: ScheduleConfig
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
     restarts: int = 3

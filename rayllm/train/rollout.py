@@ -16,9 +16,8 @@ from torch import Tensor
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from rayllm.core.errors import TrainingError
-from rayllm.core.tokenizer import Tokenizer
 from rayllm.core.types import FinishReason, SamplingParams
-from rayllm.engine.build import Prepared
+from rayllm.engine.build import prepare
 from rayllm.engine.llm import LLM
 from rayllm.engine.outputs import RequestOutput
 from rayllm.models.checkpoint import Checkpoint
@@ -46,7 +45,6 @@ class Rollout:
     def __init__(self, directory: Path, config: TrainConfig, mesh: TrainMesh) -> None:
         self._directory, self._config, self._mesh = directory, config, mesh
         self._model_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        self._tokenizer = Tokenizer.load(directory)
 
     def __call__(self, weights: Mapping[str, Tensor], prompts: Sequence[list[int]], step: int) -> list[Answer]:
         """On every rank; all answers, in the order of the prompts, on each. `weights`: the whole model. An answer
@@ -70,14 +68,15 @@ class Rollout:
             )
             for place in places
         ]
-        with LLM.from_prepared(self._engine(weights, len(places))) as llm:
+        checkpoint = Checkpoint.held(self._directory, self._model_config, weights)
+        with LLM.from_prepared(prepare(self._engine(len(places)), checkpoint)) as llm:
             return [_answered(output) for output in llm.generate([prompts[place] for place in places], params)]
 
-    def _engine(self, weights: Mapping[str, Tensor], requests: int) -> Prepared:
+    def _engine(self, requests: int) -> EngineConfig:
         """With pages for all sequences that run at once: none is ever preempted."""
         length = self._config.batch.sequence_length
         running = min(requests, _MAX_SEQS)
-        engine = EngineConfig(
+        return EngineConfig(
             model=ModelConfig(
                 model=str(self._directory),
                 dtype=self._config.model.compute_dtype,
@@ -86,12 +85,6 @@ class Rollout:
             ),
             cache=CacheConfig(block_size=_BLOCK, num_blocks=running * (-(-length // _BLOCK) + 1)),
             scheduler=SchedulerConfig(max_num_seqs=running),
-        )
-        return Prepared(
-            config=engine,
-            checkpoint=Checkpoint.held(self._directory, self._model_config, weights),
-            tokenizer=self._tokenizer,
-            max_model_len=length,
         )
 
 

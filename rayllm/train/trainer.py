@@ -22,6 +22,7 @@ from rayllm.train.config import DpoConfig, PpoConfig, TrainConfig, check_layout
 from rayllm.train.data.cursor import Cursor
 from rayllm.train.data.dataset import PackedDataset
 from rayllm.train.data.rows import Kind
+from rayllm.train.evaluation import Evaluation, check_evaluation
 from rayllm.train.feed import Feed, Setup, packed_feed
 from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_score, with_value
 from rayllm.train.mesh import TrainMesh
@@ -75,6 +76,7 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     for table, default in (("dpo", DpoConfig()), ("ppo", PpoConfig())):
         if recipe.name != table and getattr(config, table) != default:
             raise ConfigError(f"{table}: {recipe.name} has no use for it; only `rayllm train {table}` has")
+    check_evaluation(config.evaluation, recipe.heads)
     recipe.check(config, directory, dataset)
 
 
@@ -104,14 +106,19 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     if dist.get_rank() == 0:
         write_run_info(config, recipe.name)
         writer = ProgressWriter(run, done)
+    evaluation = Evaluation(config, directory, trainee, mesh)
+    if done == 0 and evaluation.is_due(0):
+        evaluation(0)
     while done < config.schedule.steps:
         started = time.monotonic()
         work = feed(done, cursor)
         report = step(work.batches, rate_share(done, config.schedule))
         done, cursor = done + 1, work.cursor
+        seconds = time.monotonic() - started
+        evaluated = evaluation(done) if evaluation.is_due(done) else {}
         if writer is not None:
-            measures = {**work.measures, **report.measures}
-            writer.add(_progress(config, done, report, measures, time.monotonic() - started, device))
+            measures = {**work.measures, **report.measures, **evaluated}
+            writer.add(_progress(config, done, report, measures, seconds, device))
         every = config.checkpoint.every_steps
         if done == config.schedule.steps or (every and done % every == 0):
             if writer is not None:
