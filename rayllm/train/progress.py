@@ -24,8 +24,10 @@ _FLUSH_S = 10.0
 class Progress:
     """After `step` of `steps`. `measures`: what the recipe tells of a step beside its loss; each is a column of its own
     in metrics.parquet. `count`: the targets or pairs that the step's loss was taken over, on all ranks;
-    `tokens_per_second`: all tokens of the step, padding too, by the wall clock; `memory_bytes`: the most that rank 0
-    has held, on the GPU where there is one; `pid`: rank 0's process."""
+    `tokens_per_second`: all tokens of the step, padding too, by the wall clock; `flops_per_second`: what these take by
+    the model's shape (`rayllm.train.flops`), of all ranks. `mfu`: its share of the peak that the cards' data sheet
+    states; where none is known, on a CPU say, `matmul_share`: of the rate that matrix products reached as the run
+    began. `memory_bytes`: the most that rank 0 has held, on the GPU where there is one; `pid`: rank 0's process."""
 
     step: int
     steps: int
@@ -35,13 +37,12 @@ class Progress:
     learning_rate: float
     count: int
     tokens_per_second: float
+    flops_per_second: float
+    mfu: float | None
+    matmul_share: float | None
     seconds: float
     memory_bytes: int
     pid: int
-
-    @property
-    def seconds_left(self) -> float:
-        return (self.steps - self.step) * self.seconds
 
 
 class ProgressWriter:

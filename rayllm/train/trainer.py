@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.core.tokenizer import Tokenizer
-from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.checkpoint import DTYPES, Checkpoint
 from rayllm.models.families import spec_from_config
 from rayllm.models.hub import resolve_model
 from rayllm.models.spec import DecoderSpec
@@ -27,6 +27,7 @@ from rayllm.train.data.rows import Kind
 from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_score
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
+from rayllm.train.peak import Peak, world_peak
 from rayllm.train.progress import Progress, ProgressWriter
 from rayllm.train.run_info import write_run_info
 from rayllm.train.saved import SavedRun, TrainState
@@ -112,12 +113,13 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     if dist.get_rank() == 0:
         write_run_info(config, recipe.name)
         writer = ProgressWriter(run, done)
+    peak = world_peak(device, DTYPES[config.model.compute_dtype])
     while done < config.schedule.steps:
         started = time.monotonic()
         report = step(list(map(prepare, loader.step(cursor))), rate_share(done, config.schedule))
         done, cursor = done + 1, loader.after_step(cursor)
         if writer is not None:
-            writer.add(_progress(config, done, report, time.monotonic() - started, device))
+            writer.add(_progress(config, done, report, time.monotonic() - started, device, peak))
         every = config.checkpoint.every_steps
         if done == config.schedule.steps or (every and done % every == 0):
             if writer is not None:
@@ -142,11 +144,14 @@ def _start(config: TrainConfig, directory: Path) -> tuple[DecoderSpec, InitialWe
     return checkpoint.spec, stored_weights(checkpoint)
 
 
-def _progress(config: TrainConfig, step: int, report: StepReport, seconds: float, device: torch.device) -> Progress:
+def _progress(
+    config: TrainConfig, step: int, report: StepReport, seconds: float, device: torch.device, peak: Peak
+) -> Progress:
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    share = report.flops / seconds / peak.flops
     return Progress(
         step=step,
         steps=config.schedule.steps,
@@ -156,6 +161,9 @@ def _progress(config: TrainConfig, step: int, report: StepReport, seconds: float
         learning_rate=report.learning_rate,
         count=report.count,
         tokens_per_second=report.tokens / seconds,
+        flops_per_second=report.flops / seconds,
+        mfu=share if peak.published else None,
+        matmul_share=None if peak.published else share,
         seconds=seconds,
         memory_bytes=memory,
         pid=os.getpid(),
