@@ -1,7 +1,8 @@
-"""What a run tells of itself while it goes on: the newest step in a small file, all steps in metrics.parquet.
+"""What a run tells of itself while it goes on: the newest step in a small file, all steps in metrics.parquet and as
+TensorBoard's events.
 
-Both are replaced whole, never written into, so that a reader sees one state or the next. Knows no tensors and no ranks:
-one process writes.
+The first two are replaced whole, never written into, so that a reader sees one state or the next. Knows no tensors and
+no ranks: one process writes.
 """
 
 import time
@@ -15,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayllm.train.data.parquet import open_parquet, readable
+from rayllm.train.tensorboard import EventFile
 
 _PROGRESS, METRICS = "progress.json", "metrics.parquet"
+_NO_FIGURES = {"step", "steps", "pid"}
 _FLUSH_S = 10.0
 
 
@@ -52,11 +55,14 @@ class ProgressWriter:
         self._run = run
         run.mkdir(parents=True, exist_ok=True)
         self._rows = [row for row in read_metrics(run) if row.step <= first_step]
+        self._events = EventFile(run, first_step)
         self._flushed = time.monotonic()
 
     def add(self, progress: Progress) -> None:
         self._rows.append(progress)
         _replace(self._run / _PROGRESS, msgspec.json.encode(progress))
+        figures = {name: value for name, value in _flat(progress).items() if name not in _NO_FIGURES}
+        self._events.add(progress.step, {name: value for name, value in figures.items() if value is not None})
         if time.monotonic() - self._flushed > _FLUSH_S:
             self.flush()
 
@@ -69,6 +75,10 @@ class ProgressWriter:
             pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), sink)
             _replace(self._run / METRICS, sink.getvalue().to_pybytes())
         self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        self._events.close()
 
 
 def read_metrics(run: Path) -> list[Progress]:

@@ -125,6 +125,8 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
             if writer is not None:
                 writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
             checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
+    if writer is not None:
+        writer.close()
     checkpointer.close()
 
 
