@@ -128,28 +128,48 @@ def _shown(config: "TrainConfig") -> "Iterator[Callable[[Progress], None]]":
 
     console = Console(stderr=True)
     status = Status(f"{config.run}: starting workers", console=console)
-    noted = 0.0
+    noted, pace = 0.0, Pace()
 
     def show(progress: "Progress") -> None:
         nonlocal noted
-        text = _line(progress)
+        now = time.monotonic()
+        text = _line(progress, pace.seconds_left(progress, now))
         if console.is_terminal:
             status.update(text)
-        if progress.step == progress.steps or (not console.is_terminal and time.monotonic() - noted > _NOTE_S):
+        if progress.step == progress.steps or (not console.is_terminal and now - noted > _NOTE_S):
             note(text)
-            noted = time.monotonic()
+            noted = now
 
     with status if console.is_terminal else contextlib.nullcontext():
         yield show
 
 
-def _line(progress: "Progress") -> str:
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
+class Pace:
+    """How long a run will take by how long it has taken: by the clock, so with saves, rollouts and lost workers.
+
+    The first step that is seen does not count where there are later ones, because it warms up.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def seconds_left(self, progress: "Progress", now: float) -> float:
+        left = progress.steps - progress.step
+        if self._first is None or progress.step <= self._first[0]:
+            self._first = progress.step, now
+            return left * progress.seconds
+        step, then = self._first
+        return left * (now - then) / (progress.step - step)
+
+
+def _line(progress: "Progress", seconds_left: float) -> str:
+    minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     measures = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in progress.measures.items())
+    speed = f"MFU {progress.mfu:.1%}" if progress.mfu is not None else f"{progress.matmul_share:.0%} of matmul rate"
     return (
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}{measures}"
-        f"  {progress.tokens_per_second:,.0f} tokens/s"
+        f"  {progress.tokens_per_second:,.0f} tokens/s  {speed}"
         f"  gradient {progress.grad_norm:.3g}  rate {progress.learning_rate:.2e}"
         f"  memory {format_bytes(progress.memory_bytes)}  left {hours}:{minutes:02}:{seconds:02}"
     )

@@ -1,7 +1,8 @@
-"""What a run tells of itself while it goes on: the newest step in a small file, all steps in metrics.parquet.
+"""What a run tells of itself while it goes on: the newest step in a small file, all steps in metrics.parquet and as
+TensorBoard's events.
 
-Both are replaced whole, never written into, so that a reader sees one state or the next. Knows no tensors and no ranks:
-one process writes.
+The first two are replaced whole, never written into, so that a reader sees one state or the next. Knows no tensors and
+no ranks: one process writes.
 """
 
 import time
@@ -15,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayllm.train.data.parquet import open_parquet, readable
+from rayllm.train.tensorboard import EventFile
 
 _PROGRESS, METRICS = "progress.json", "metrics.parquet"
+_NO_FIGURES = {"step", "steps", "pid"}
 _FLUSH_S = 10.0
 
 
@@ -24,8 +27,10 @@ _FLUSH_S = 10.0
 class Progress:
     """After `step` of `steps`. `measures`: what the recipe tells of a step beside its loss; each is a column of its own
     in metrics.parquet. `count`: the targets or pairs that the step's loss was taken over, on all ranks;
-    `tokens_per_second`: all tokens of the step, padding too, by the wall clock; `memory_bytes`: the most that rank 0
-    has held, on the GPU where there is one; `pid`: rank 0's process."""
+    `tokens_per_second`: all tokens of the step, padding too, by the wall clock; `flops_per_second`: what these take by
+    the model's shape (`rayllm.train.flops`), of all ranks. `mfu`: its share of the peak that the cards' data sheet
+    states; where none is known, on a CPU say, `matmul_share`: of the rate that matrix products reached as the run
+    began. `memory_bytes`: the most that rank 0 has held, on the GPU where there is one; `pid`: rank 0's process."""
 
     step: int
     steps: int
@@ -35,13 +40,12 @@ class Progress:
     learning_rate: float
     count: int
     tokens_per_second: float
+    flops_per_second: float
+    mfu: float | None
+    matmul_share: float | None
     seconds: float
     memory_bytes: int
     pid: int
-
-    @property
-    def seconds_left(self) -> float:
-        return (self.steps - self.step) * self.seconds
 
 
 class ProgressWriter:
@@ -51,11 +55,14 @@ class ProgressWriter:
         self._run = run
         run.mkdir(parents=True, exist_ok=True)
         self._rows = [row for row in read_metrics(run) if row.step <= first_step]
+        self._events = EventFile(run, first_step)
         self._flushed = time.monotonic()
 
     def add(self, progress: Progress) -> None:
         self._rows.append(progress)
         _replace(self._run / _PROGRESS, msgspec.json.encode(progress))
+        figures = {name: value for name, value in _flat(progress).items() if name not in _NO_FIGURES}
+        self._events.add(progress.step, {name: value for name, value in figures.items() if value is not None})
         if time.monotonic() - self._flushed > _FLUSH_S:
             self.flush()
 
@@ -68,6 +75,10 @@ class ProgressWriter:
             pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), sink)
             _replace(self._run / METRICS, sink.getvalue().to_pybytes())
         self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        self._events.close()
 
 
 def read_metrics(run: Path) -> list[Progress]:

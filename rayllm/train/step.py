@@ -7,6 +7,7 @@ micro-batch, the sum of gradients over the ranks, their norm, clipping, AdamW. L
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,23 +17,25 @@ from rayllm.core.errors import DataError, TrainingError
 from rayllm.models.spec import DecoderSpec
 from rayllm.train.batch import MicroBatch
 from rayllm.train.config import OptimizerConfig
+from rayllm.train.flops import attended_pairs, training_flops
 from rayllm.train.gradients import add_tied_gradients, grad_norm
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
 from rayllm.train.optimizer import ShardedAdamW
 from rayllm.train.pipeline import Pipeline
-from rayllm.train.trainee import Trainee
+from rayllm.train.trainee import Heads, Trainee
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
     """The same on every rank. `count`: by what the loss and the measures were divided; `tokens`: all of the step,
-    padding too; `grad_norm`: before clipping."""
+    padding too; `flops`: what they take by the model's shape; `grad_norm`: before clipping."""
 
     loss: float
     measures: Mapping[str, float]
     count: int
     tokens: int
+    flops: int
     grad_norm: float
     learning_rate: float
 
@@ -60,8 +63,11 @@ class TrainStep:
         finite; the weights are then what they were before.
         """
         batches = [batch.to(self.mesh.device) for batch in batches]
-        count, tokens = self._totals(
-            sum(map(self._objective.count, batches)), sum(batch.token_ids.numel() for batch in batches)
+        lengths = chain.from_iterable(chain.from_iterable(batch.document_lengths for batch in batches))
+        count, tokens, pairs = self._totals(
+            sum(map(self._objective.count, batches)),
+            sum(batch.token_ids.numel() for batch in batches),
+            attended_pairs(self._spec, lengths),
         )
         if count == 0:
             raise DataError("nothing to learn from in a whole step: the loss mask of every sample is empty")
@@ -76,7 +82,15 @@ class TrainStep:
             if self._max_grad_norm and norm > self._max_grad_norm:
                 torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ of torch does
             rate = self.optimizer.step(rate_share)
-        return StepReport(loss=loss, measures=measures, count=count, tokens=tokens, grad_norm=norm, learning_rate=rate)
+        return StepReport(
+            loss=loss,
+            measures=measures,
+            count=count,
+            tokens=tokens,
+            flops=training_flops(self._spec, tokens, pairs, vocabulary=self.trainee.heads is not Heads.SCORE),
+            grad_norm=norm,
+            learning_rate=rate,
+        )
 
     def _pass(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Forward and backward of all micro-batches; -> this rank's part of the loss, 0 before the last stage."""

@@ -4,8 +4,8 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.core.tokenizer import Tokenizer
-from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.checkpoint import DTYPES, Checkpoint
 from rayllm.models.families import spec_from_config
 from rayllm.models.hub import resolve_model
 from rayllm.models.spec import DecoderSpec
@@ -27,6 +27,7 @@ from rayllm.train.feed import Feed, Setup, packed_feed
 from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_score, with_value
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
+from rayllm.train.peak import Peak, world_peak
 from rayllm.train.progress import Progress, ProgressWriter
 from rayllm.train.run_info import write_run_info
 from rayllm.train.saved import SavedRun, TrainState
@@ -106,6 +107,7 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     if dist.get_rank() == 0:
         write_run_info(config, recipe.name)
         writer = ProgressWriter(run, done)
+    peak = world_peak(device, DTYPES[config.model.compute_dtype])
     evaluation = Evaluation(config, directory, trainee, mesh)
     if done == 0 and evaluation.is_due(0):
         evaluation(0)
@@ -117,13 +119,15 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         seconds = time.monotonic() - started
         evaluated = evaluation(done) if evaluation.is_due(done) else {}
         if writer is not None:
-            measures = {**work.measures, **report.measures, **evaluated}
-            writer.add(_progress(config, done, report, measures, seconds, device))
+            report = replace(report, measures={**work.measures, **report.measures, **evaluated})
+            writer.add(_progress(config, done, report, seconds, device, peak))
         every = config.checkpoint.every_steps
         if done == config.schedule.steps or (every and done % every == 0):
             if writer is not None:
                 writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
             checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
+    if writer is not None:
+        writer.close()
     checkpointer.close()
 
 
@@ -144,26 +148,25 @@ def _start(config: TrainConfig, directory: Path) -> tuple[DecoderSpec, InitialWe
 
 
 def _progress(
-    config: TrainConfig,
-    step: int,
-    report: StepReport,
-    measures: Mapping[str, float],
-    seconds: float,
-    device: torch.device,
+    config: TrainConfig, step: int, report: StepReport, seconds: float, device: torch.device, peak: Peak
 ) -> Progress:
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    share = report.flops / seconds / peak.flops
     return Progress(
         step=step,
         steps=config.schedule.steps,
         loss=report.loss,
-        measures=measures,
+        measures=report.measures,
         grad_norm=report.grad_norm,
         learning_rate=report.learning_rate,
         count=report.count,
         tokens_per_second=report.tokens / seconds,
+        flops_per_second=report.flops / seconds,
+        mfu=share if peak.published else None,
+        matmul_share=None if peak.published else share,
         seconds=seconds,
         memory_bytes=memory,
         pid=os.getpid(),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -150,7 +151,12 @@ def test_command_line(file: Path, tmp_path: Path) -> None:
     answer = json.loads(result.stdout)
     assert answer["checkpoint"].endswith("step-00000003")
     assert answer["step"] == 3
-    assert "step 3/3  loss" in result.stderr
+    assert re.search(r"step 3/3  loss .* tokens/s  \d+% of matmul rate .*  left 0:00:00", result.stderr)
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last.mfu is None
+    assert last.matmul_share is not None
+    assert 0 < last.matmul_share < 1
+    assert last.flops_per_second > 0
     report = [sys.executable, "-m", "rayllm", "train", "report", str(tmp_path / "run")]
     result = subprocess.run(report, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr

@@ -68,6 +68,13 @@ GROUPS: Mapping[str, Sequence[Chart]] = {
     ),
     "Speed and memory": (
         Chart(title="Throughput", columns={"tokens_per_second": "tokens/s"}, note="tokens a second, padding too"),
+        Chart(title="Model FLOP/s", columns={"flops_per_second": "speed"}, unit="FLOP/s", note="of all ranks"),
+        Chart(title="MFU", columns={"mfu": "share"}, note="share of the peak that the cards' data sheet states"),
+        Chart(
+            title="Share of matmul rate",
+            columns={"matmul_share": "share"},
+            note="of the rate that matrix products reached as the run began",
+        ),
         Chart(title="Memory", columns={"memory_bytes": "memory"}, unit="B", smooth=False, note="most that rank 0 held"),
         Chart(title="Targets or pairs", columns={"count": "count"}, note="that the loss is a mean over"),
     ),
