@@ -6,6 +6,7 @@ ends the others and starts all of them again, and they go on from the last check
 
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -27,6 +28,7 @@ from rayllm_cluster.session import Session
 logger = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 300  # a rank that says nothing for so long is taken for lost
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # as gloo and NCCL word it
 _POLL_S = 0.2
 
 
@@ -60,7 +62,11 @@ def _fit(config: TrainConfig, recipe: str) -> None:
     scratch = Path(config.run).resolve() / ".ray"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": msgspec.to_builtins(config), "recipe": recipe},
+        train_loop_config={
+            "config": msgspec.to_builtins(config),
+            "recipe": recipe,
+            "timeout_s": _COLLECTIVE_TIMEOUT_S,
+        },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(num_workers=config.layout.world, use_gpu=use_gpu),
         run_config=RunConfig(
@@ -86,7 +92,13 @@ def _worker(arguments: dict[str, Any]) -> None:
     config = msgspec.convert(arguments["config"], TrainConfig)
     local = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    train(config, RECIPES[arguments["recipe"]], ray.train.torch.get_device())
+    try:
+        train(config, RECIPES[arguments["recipe"]], ray.train.torch.get_device())
+    except RuntimeError as error:
+        if not _TIMED_OUT.search(str(error)):
+            raise
+        rank, limit = ray.train.get_context().get_world_rank(), arguments["timeout_s"]
+        raise TrainingError(f"rank {rank} waited longer than {limit} s for another rank, which stalls") from error
 
 
 def _reason(error: Exception) -> str:
