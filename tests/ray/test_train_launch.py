@@ -23,6 +23,7 @@ from rayllm.train.config_file import read_train_config
 from rayllm.train.data.rows import Kind
 from rayllm.train.launch import launch
 from rayllm.train.progress import Progress, read_metrics
+from rayllm.train.samples import read_samples
 from rayllm.train.saved import SavedRun
 from rayllm_cluster.session import Session
 from tests.html_page import parse
@@ -104,7 +105,8 @@ def test_tuning_learns_the_answers_and_no_more(session: Session, file: Path, tmp
     ]
     chats = pack_rows(tmp_path / "chat", tiny_model, Kind.CHAT, turns, LENGTH)
     layout = ["layout.pipeline=2", "layout.shard=2", "model.compute_dtype=bfloat16", "model.save_dtype=bfloat16"]
-    launch(read_train_config(file, [f"data.path={chats}", "model.random=false", *layout]), "sft")
+    asked = ['samples.prompts=["17"]', "samples.chat=true", "samples.max_tokens=20"]
+    launch(read_train_config(file, [f"data.path={chats}", "model.random=false", *layout, *asked]), "sft")
     metrics = read_metrics(tmp_path / "run")
     assert metrics[-1].loss < 0.2 < metrics[0].loss
     saved = SavedRun(tmp_path / "run").latest()
@@ -113,6 +115,10 @@ def test_tuning_learns_the_answers_and_no_more(session: Session, file: Path, tmp
         answer = llm.chat([{"role": "user", "content": "17"}], SamplingParams(temperature=0, max_tokens=20))
     assert answer.outputs[0].text == "the cat"
     assert answer.outputs[0].finish_reason == "stop"
+    samples = read_samples(tmp_path / "run")
+    assert samples is not None
+    [sample] = samples.samples
+    assert sample.after == "the cat" != sample.before
 
 
 def test_a_killed_worker_costs_at_most_an_interval(session: Session, file: Path, tmp_path: Path) -> None:
