@@ -64,7 +64,7 @@ def _fit(config: TrainConfig, recipe: str) -> None:
     scratch = Path(config.run).resolve() / ".ray"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": msgspec.to_builtins(config), "recipe": recipe},
+        train_loop_config={"config": msgspec.to_builtins(config), "recipe": recipe, "directory": os.getcwd()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(num_workers=config.layout.world, use_gpu=use_gpu),
         run_config=RunConfig(
@@ -88,6 +88,9 @@ def _worker(arguments: dict[str, Any]) -> None:
     import torch
 
     config = msgspec.convert(arguments["config"], TrainConfig)
+    # Ray Train puts a worker into a folder of its own, which goes with it; paths are from where the run was started.
+    if os.path.isdir(arguments["directory"]):
+        os.chdir(arguments["directory"])
     local = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     train(config, RECIPES[arguments["recipe"]], ray.train.torch.get_device())

@@ -147,14 +147,16 @@ def test_a_run_that_fails_says_why(session: Session, file: Path) -> None:
         launch(read_train_config(file, ["optimizer.learning_rate=1e30", "restarts=0"]), "pretrain")
 
 
-def test_command_line(file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", str(file), "--json"]
-    result = subprocess.run(
-        [*command, "--set", "schedule.steps=3"], capture_output=True, text=True, timeout=120, check=False
-    )
+def test_command_line(file: Path, data: Path, tmp_path: Path) -> None:
+    """With paths from where it is started."""
+    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", file.name, "--json"]
+    changes = ["schedule.steps=3", "run=run", f"data.path={os.path.relpath(data, tmp_path)}"]
+    command += [f"--set={change}" for change in changes]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["checkpoint"].endswith("step-00000003")
+    assert answer["checkpoint"] == "run/checkpoints/step-00000003"
+    SavedRun(tmp_path / "run").all()[-1].verify()
     assert answer["step"] == 3
     assert re.search(r"step 3/3  loss .* tokens/s  \d+% of matmul rate .*  left 0:00:00", result.stderr)
     last = read_metrics(tmp_path / "run")[-1]
