@@ -237,6 +237,19 @@ class PpoConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplesConfig:
+    """`prompts` that the model answers before the run and after it, with at most `max_tokens` each; `chat`: each is
+    what a user says, by the tokenizer's template, and not the beginning of a text."""
+
+    prompts: tuple[str, ...] = ()
+    chat: bool = False
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _positive(self, "samples", "max_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """`run`: the folder that takes checkpoints and metrics; on a cluster one that all nodes share. A run that is
     started again goes on from its last checkpoint. `restarts`: how often it does so by itself where a worker is lost.
@@ -253,6 +266,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     restarts: int = 3
 
     def __post_init__(self) -> None:

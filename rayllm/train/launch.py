@@ -21,6 +21,7 @@ from rayllm.core.errors import RayLLMError, TrainingError
 from rayllm.train.config import TrainConfig
 from rayllm.train.progress import Progress, read_progress
 from rayllm.train.recipes import RECIPES
+from rayllm.train.samples import sample_after, sample_before
 from rayllm.train.trainer import check, train
 from rayllm_cluster.errors import SessionError
 from rayllm_cluster.session import Session
@@ -39,17 +40,20 @@ def launch(
     address: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
-    """Returns when the run is over. `address`: of a cluster; None: this machine, or the cluster at RAY_ADDRESS.
+    """Returns when the run is over. `address`: of a cluster; None: this machine, or the cluster at RAY_ADDRESS. The
+    prompts of `config.samples` are answered in this process, when no worker runs.
 
     Raises what `check` does, before any worker starts; TrainingError if the run fails more often than it may.
     """
     check(config, RECIPES[recipe])
+    sample_before(config)
     try:
         session = Session.start(address=address, num_cpus=config.layout.world + 1)
     except SessionError as error:
         raise TrainingError(str(error)) from error
     with session, _watched(Path(config.run), on_progress):
         _fit(config, recipe)
+    sample_after(config)
 
 
 def _fit(config: TrainConfig, recipe: str) -> None:
@@ -65,6 +69,7 @@ def _fit(config: TrainConfig, recipe: str) -> None:
         train_loop_config={
             "config": msgspec.to_builtins(config),
             "recipe": recipe,
+            "directory": os.getcwd(),
             "timeout_s": _COLLECTIVE_TIMEOUT_S,
         },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
@@ -90,6 +95,9 @@ def _worker(arguments: dict[str, Any]) -> None:
     import torch
 
     config = msgspec.convert(arguments["config"], TrainConfig)
+    # Ray Train puts a worker into a folder of its own, which goes with it; paths are from where the run was started.
+    if os.path.isdir(arguments["directory"]):
+        os.chdir(arguments["directory"])
     local = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     try:

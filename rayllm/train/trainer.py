@@ -30,6 +30,7 @@ from rayllm.train.objective import Objective
 from rayllm.train.peak import Peak, world_peak
 from rayllm.train.progress import Progress, ProgressWriter
 from rayllm.train.run_info import write_run_info
+from rayllm.train.samples import check_samples
 from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.schedule import rate_share
 from rayllm.train.step import StepReport, TrainStep
@@ -58,6 +59,7 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     directory = resolve_model(config.model.start)
     spec = _spec(directory)
     check_layout(spec, config.layout)
+    check_samples(config.samples, directory, spec, scores=recipe.scores)
     length = config.batch.sequence_length
     if length > spec.max_position_embeddings:
         raise ConfigError(

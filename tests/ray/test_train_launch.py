@@ -24,6 +24,7 @@ from rayllm.train.config_file import read_train_config
 from rayllm.train.data.rows import Kind
 from rayllm.train.launch import launch
 from rayllm.train.progress import Progress, read_metrics
+from rayllm.train.samples import read_samples
 from rayllm.train.saved import SavedRun
 from rayllm_cluster.session import Session
 from tests.html_page import parse
@@ -105,7 +106,8 @@ def test_tuning_learns_the_answers_and_no_more(session: Session, file: Path, tmp
     ]
     chats = pack_rows(tmp_path / "chat", tiny_model, Kind.CHAT, turns, LENGTH)
     layout = ["layout.pipeline=2", "layout.shard=2", "model.compute_dtype=bfloat16", "model.save_dtype=bfloat16"]
-    launch(read_train_config(file, [f"data.path={chats}", "model.random=false", *layout]), "sft")
+    asked = ['samples.prompts=["17"]', "samples.chat=true", "samples.max_tokens=20"]
+    launch(read_train_config(file, [f"data.path={chats}", "model.random=false", *layout, *asked]), "sft")
     metrics = read_metrics(tmp_path / "run")
     assert metrics[-1].loss < 0.2 < metrics[0].loss
     saved = SavedRun(tmp_path / "run").latest()
@@ -114,6 +116,10 @@ def test_tuning_learns_the_answers_and_no_more(session: Session, file: Path, tmp
         answer = llm.chat([{"role": "user", "content": "17"}], SamplingParams(temperature=0, max_tokens=20))
     assert answer.outputs[0].text == "the cat"
     assert answer.outputs[0].finish_reason == "stop"
+    samples = read_samples(tmp_path / "run")
+    assert samples is not None
+    [sample] = samples.samples
+    assert sample.after == "the cat" != sample.before
 
 
 def test_a_killed_worker_costs_at_most_an_interval(session: Session, file: Path, tmp_path: Path) -> None:
@@ -142,14 +148,16 @@ def test_a_run_that_fails_says_why(session: Session, file: Path) -> None:
         launch(read_train_config(file, ["optimizer.learning_rate=1e30", "restarts=0"]), "pretrain")
 
 
-def test_command_line(file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", str(file), "--json"]
-    result = subprocess.run(
-        [*command, "--set", "schedule.steps=3"], capture_output=True, text=True, timeout=120, check=False
-    )
+def test_command_line(file: Path, data: Path, tmp_path: Path) -> None:
+    """With paths from where it is started."""
+    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", file.name, "--json"]
+    changes = ["schedule.steps=3", "run=run", f"data.path={os.path.relpath(data, tmp_path)}"]
+    command += [f"--set={change}" for change in changes]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["checkpoint"].endswith("step-00000003")
+    assert answer["checkpoint"] == "run/checkpoints/step-00000003"
+    SavedRun(tmp_path / "run").all()[-1].verify()
     assert answer["step"] == 3
     assert re.search(r"step 3/3  loss .* tokens/s  \d+% of matmul rate .*  left 0:00:00", result.stderr)
     last = read_metrics(tmp_path / "run")[-1]

@@ -27,6 +27,7 @@ from rayllm.train.report.charts import (
 )
 from rayllm.train.report.metrics import Column, Metrics, read_columns
 from rayllm.train.run_info import RunInfo, read_run_info
+from rayllm.train.samples import read_samples
 from rayllm.train.saved import SavedRun
 
 PAGE = "report.html"
@@ -118,6 +119,7 @@ def render(run: Path) -> str:
         figures=[_figure(chart, name, metrics) for charts in _charts(metrics).values() for chart, name in charts],
         settings=_settings(info),
         checkpoints=checkpoints,
+        samples=read_samples(run),
     )
 
 
