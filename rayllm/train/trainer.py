@@ -59,7 +59,7 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     directory = resolve_model(config.model.start)
     spec = _spec(directory)
     check_layout(spec, config.layout)
-    check_samples(config.samples, directory, spec, scores=recipe.scores)
+    check_samples(config.samples, directory, spec, scores=recipe.heads is Heads.SCORE)
     length = config.batch.sequence_length
     if length > spec.max_position_embeddings:
         raise ConfigError(
