@@ -69,7 +69,7 @@ GROUPS: Mapping[str, Sequence[Chart]] = {
     ),
     "Speed and memory": (
         Chart(title="Throughput", columns={"tokens_per_second": "tokens/s"}, note="tokens a second, padding too"),
-        Chart(title="Model FLOP/s", columns={"flops_per_second": "speed"}, unit="FLOP/s", note="of all ranks"),
+        Chart(title="Model FLOP/s", columns={"flops_per_second": "speed"}, note="of all ranks"),
         Chart(title="MFU", columns={"mfu": "share"}, note="share of the peak that the cards' data sheet states"),
         Chart(
             title="Share of matmul rate",
