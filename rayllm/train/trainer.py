@@ -113,23 +113,25 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     evaluation = Evaluation(config, directory, trainee, mesh)
     if done == 0 and evaluation.is_due(0):
         evaluation(0)
-    while done < config.schedule.steps:
-        started = time.monotonic()
-        work = feed(done, cursor)
-        report = step(work.batches, rate_share(done, config.schedule))
-        done, cursor = done + 1, work.cursor
-        seconds = time.monotonic() - started
-        evaluated = evaluation(done) if evaluation.is_due(done) else {}
-        if writer is not None:
-            report = replace(report, measures={**work.measures, **report.measures, **evaluated})
-            writer.add(_progress(config, done, report, seconds, device, peak))
-        every = config.checkpoint.every_steps
-        if done == config.schedule.steps or (every and done % every == 0):
+    try:
+        while done < config.schedule.steps:
+            started = time.monotonic()
+            work = feed(done, cursor)
+            report = step(work.batches, rate_share(done, config.schedule))
+            done, cursor = done + 1, work.cursor
+            seconds = time.monotonic() - started
+            evaluated = evaluation(done) if evaluation.is_due(done) else {}
             if writer is not None:
-                writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
-            checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
-    if writer is not None:
-        writer.close()
+                report = replace(report, measures={**work.measures, **report.measures, **evaluated})
+                writer.add(_progress(config, done, report, seconds, device, peak))
+            every = config.checkpoint.every_steps
+            if done == config.schedule.steps or (every and done % every == 0):
+                if writer is not None:
+                    writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
+                checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
+    finally:
+        if writer is not None:
+            writer.close()  # the last steps of a run that diverges are those that tell why
     checkpointer.close()
 
 
