@@ -23,7 +23,7 @@ from rayllm.engine.llm import LLM
 from rayllm.train.config_file import read_train_config
 from rayllm.train.data.rows import Kind
 from rayllm.train.launch import launch
-from rayllm.train.progress import Progress, read_metrics
+from rayllm.train.progress import Progress, read_metrics, read_progress
 from rayllm.train.samples import read_samples
 from rayllm.train.saved import SavedRun
 from rayllm_cluster.session import Session
@@ -143,9 +143,12 @@ def test_a_killed_worker_costs_at_most_an_interval(session: Session, file: Path,
     assert losses == expected
 
 
-def test_a_run_that_fails_says_why(session: Session, file: Path) -> None:
+def test_a_run_that_fails_says_why(session: Session, file: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the run failed: .*training has diverged"):
         launch(read_train_config(file, ["optimizer.learning_rate=1e30", "restarts=0"]), "pretrain")
+    told = read_progress(tmp_path / "run")
+    assert told is not None
+    assert read_metrics(tmp_path / "run")[-1] == told, "the steps before it diverged are kept"
 
 
 def test_command_line(file: Path, data: Path, tmp_path: Path) -> None:
