@@ -62,13 +62,15 @@ class ShardGroup:
         self._placement = place(plan, timeout_s=self._options.placement_timeout_s)
         atexit.register(self.close)
 
-    def start(self, *, timeout_s: float) -> None:
-        """Returns when every shard is ready, all that it has to load included.
+    def start(self, *, timeout_s: float, config: bytes | None = None) -> None:
+        """Returns when every shard is ready, all that it has to load included. `config`: in the place of the one
+        before, from now on.
 
         Raises ShardLostError for a shard that does not get there (`.error` is what its handler raised, if so), or
         PlacementError when a bundle has no node just now.
         """
         deadline = time.monotonic() + timeout_s
+        self._config = self._config if config is None else config
         epoch = self._next_epoch()
         self._placement.locate(min(timeout_s, _LOCATE_S))
         key = secrets.token_bytes(KEY_BYTES)

@@ -92,6 +92,12 @@ class EngineUnavailableError(RayLLMError):
         self.retry_after_s = retry_after_s
 
 
+class PromotionError(RayLLMError):
+    """New weights did not take the place of the running ones, which go on as before; the message says why."""
+
+    code = "promotion_failed"
+
+
 class DataError(RayLLMError):
     """Data that is missing or has not the columns that are needed; the message says how to get it."""
 

@@ -115,6 +115,8 @@ class SamplingParams:
 class Request:
     """One prompt as token ids. `deadline` is in `time.monotonic()` seconds; None: no deadline.
 
+    `weight_version`: the weights that are to answer; None: those that answer new requests when this one arrives.
+
     `resume`, if not empty, has for each of the n sequences the tokens that it was given elsewhere, to be gone on from;
     None: it is finished. What comes back for the request is what follows on them.
     """
@@ -123,6 +125,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     deadline: float | None = None
+    weight_version: str | None = None
     resume: tuple[tuple[int, ...] | None, ...] = ()
 
     @property

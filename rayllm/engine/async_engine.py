@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from rayllm.core.config import EngineConfig
@@ -32,6 +33,7 @@ from rayllm.scheduler.scheduler import SequenceOutput
 logger = logging.getLogger(__name__)
 
 _IDLE_CHECK_S = 0.25  # how often an engine without work looks whether it still has its shards
+_LOAD_CHECK_S = 0.02  # and how far they are with weights that they load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +103,7 @@ class AsyncEngine:
         self.tokenizer = parts.tokenizer
         self.limits = parts.limits
         self._engine = parts.engine
+        self._prepared = parts.prepared
         self._processor = OutputProcessor(parts.tokenizer)
         self._streams: dict[str, _Stream] = {}
         self._stall_timeout_s = stall_timeout_s
@@ -146,6 +149,34 @@ class AsyncEngine:
         """Its stream ends with RequestAbortedError, which says `message`. False: no such request is live."""
         with self._changed:
             return self._end(request_id, RequestAbortedError(message or f"request {request_id} was aborted"))
+
+    @property
+    def weight_version(self) -> str:
+        """The weights that answer a request which names none."""
+        return self._engine.weights.current.version
+
+    async def load_weights(self, directory: Path) -> str:
+        """Weights to be held beside the current ones; requests may name them, and `use_weights` makes them current.
+        Steps go on meanwhile. At most two versions are held: a third one waits until no request has the other one.
+
+        Returns their version. Raises CheckpointError or ConfigError for what is damaged or no replacement for the
+        running weights (`Prepared.replacement`), PromotionError while others are being loaded, EngineUnavailableError
+        when a shard is lost meanwhile.
+        """
+        weights = await asyncio.to_thread(self._prepared.replacement, directory)
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            if self._closing:
+                raise EngineUnavailableError("the server is shutting down")
+            done = self._engine.weights.load(weights)
+            self._changed.notify_all()
+        await asyncio.wrap_future(done)
+        return weights.version
+
+    def use_weights(self, version: str) -> None:
+        """New requests get them; those that are live keep theirs. Raises PromotionError unless they are held."""
+        self._engine.weights.use(version)
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -203,6 +234,7 @@ class AsyncEngine:
         if recovering:
             await asyncio.to_thread(self._engine.close)
         await asyncio.to_thread(self._thread.join)
+        self._engine.weights.close(EngineUnavailableError("the server is shutting down"))
         self._engine.close()
 
     def _open(self, request: Request, stream: _Stream) -> None:
@@ -259,6 +291,7 @@ class AsyncEngine:
             try:
                 if not self._await_work(outputs):
                     return
+                self._engine.weights.tend()
                 self._engine.launch()
                 self._deliver(outputs)
                 outputs.clear()
@@ -275,8 +308,11 @@ class AsyncEngine:
         """False: the engine is to end."""
         with self._changed:
             while not (self._closing or outputs or self._engine.has_work):
-                self._changed.wait(_IDLE_CHECK_S)
+                is_loading = self._engine.weights.is_loading
+                self._changed.wait(_LOAD_CHECK_S if is_loading else _IDLE_CHECK_S)
                 self._engine.check()
+                if is_loading:
+                    break
             return not self._closing
 
     def _recover(self, lost: EngineUnavailableError) -> None:
@@ -315,6 +351,7 @@ class AsyncEngine:
         with self._changed:
             self._failure = error
             self._end_all(error)
+            self._engine.weights.close(error)
 
 
 def _send(items: Iterable[tuple[_Stream, OutputDelta | RayLLMError]]) -> None:

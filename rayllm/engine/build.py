@@ -5,6 +5,7 @@ Everything that can be refused without reading weights is refused first.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -16,6 +17,7 @@ from rayllm.core.tokenizer import Tokenizer
 from rayllm.engine.engine import Engine
 from rayllm.engine.executor import Executor, LocalExecutor
 from rayllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
+from rayllm.engine.weights import Weights, check_replacement
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.hub import resolve_model
 from rayllm.models.spec import DecoderSpec
@@ -25,9 +27,9 @@ from rayllm.scheduler.scheduler import Scheduler
 
 
 class ShardConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a rank needs to load its shard; sent to it as msgpack."""
+    """All that a rank needs to load its shard; sent to it as msgpack. `weights`: those that it is to hold."""
 
-    directory: str
+    weights: tuple[Weights, ...]
     engine: EngineConfig
     max_model_len: int
 
@@ -38,14 +40,19 @@ class Prepared:
 
     config: EngineConfig
     checkpoint: Checkpoint
+    weights: Weights
     tokenizer: Tokenizer
     max_model_len: int
 
     @property
     def shard(self) -> ShardConfig:
-        return ShardConfig(
-            directory=str(self.checkpoint.directory), engine=self.config, max_model_len=self.max_model_len
-        )
+        return ShardConfig(weights=(self.weights,), engine=self.config, max_model_len=self.max_model_len)
+
+    def replacement(self, directory: Path) -> Weights:
+        """Weights that an engine with these can change to. Raises CheckpointError or ConfigError."""
+        checkpoint = open_checkpoint(directory, self.config)
+        check_replacement(checkpoint, self.checkpoint, self.tokenizer)
+        return Weights.of(checkpoint)
 
 
 class ExecutorFactory(Protocol):
@@ -57,26 +64,36 @@ class ExecutorFactory(Protocol):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineParts:
     engine: Engine
-    tokenizer: Tokenizer
+    prepared: Prepared
     limits: ModelLimits
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prepared.tokenizer
 
-def prepare(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Prepared:
-    """`checkpoint`: what is read in the place of `config.model.model`; a single shard can read one that lies in memory.
+
+def prepare(config: EngineConfig, held: Checkpoint | None = None) -> Prepared:
+    """`held`: weights in memory, read in the place of those of `config.model.model`, which a single shard can do.
 
     Raises ConfigError or CheckpointError before any weight is read.
     """
-    if checkpoint is None:
-        checkpoint = Checkpoint.open(resolve_model(config.model.model))
-    if checkpoint.int8 and config.model.quantize is not None:
-        raise ConfigError(f"quantize: {config.model.model} is an int8 checkpoint already; leave the option out")
+    checkpoint = held or open_checkpoint(resolve_model(config.model.model), config)
     check_layout(checkpoint.spec, config.parallel.tensor, config.parallel.pipeline)
     return Prepared(
         config=config,
         checkpoint=checkpoint,
+        weights=Weights.of(checkpoint) if held is None else Weights("in memory", str(held.directory)),
         tokenizer=Tokenizer.load(checkpoint.directory),
         max_model_len=_max_model_len(config, checkpoint.spec),
     )
+
+
+def open_checkpoint(directory: Path, config: EngineConfig) -> Checkpoint:
+    """Raises CheckpointError, or ConfigError where `config` asks for what cannot be done with it."""
+    checkpoint = Checkpoint.open(directory)
+    if checkpoint.int8 and config.model.quantize is not None:
+        raise ConfigError(f"quantize: {directory} is an int8 checkpoint already; leave the option out")
+    return checkpoint
 
 
 def build_engine(prepared: Prepared, start_executor: ExecutorFactory) -> EngineParts:
@@ -90,13 +107,14 @@ def build_engine(prepared: Prepared, start_executor: ExecutorFactory) -> EngineP
         eos_token_ids=prepared.tokenizer.eos_token_ids,
         in_flight=executor.in_flight,
         cache_key=_cache_key(spec),
+        weight_version=prepared.weights.version,
     )
     limits = ModelLimits(
         max_model_len=prepared.max_model_len,
         vocab_size=spec.vocab_size,
         max_request_tokens=num_blocks * config.cache.block_size,
     )
-    return EngineParts(engine=Engine(scheduler, executor), tokenizer=prepared.tokenizer, limits=limits)
+    return EngineParts(engine=Engine(scheduler, executor, prepared.weights), prepared=prepared, limits=limits)
 
 
 def start_local(prepared: Prepared) -> tuple[Executor, int]:
@@ -105,7 +123,7 @@ def start_local(prepared: Prepared) -> tuple[Executor, int]:
         raise ConfigError("a model in this process has one shard; tensor or pipeline parallel ranks need Ray")
 
     def load() -> ModelRunner:
-        runner = load_runner(prepared.checkpoint, prepared.shard, Mesh.single())
+        runner = load_runner(prepared.shard, Mesh.single(), prepared.checkpoint)
         runner.init_cache(runner.num_blocks_that_fit)
         return runner
 
@@ -113,16 +131,23 @@ def start_local(prepared: Prepared) -> tuple[Executor, int]:
     return executor, executor.num_blocks
 
 
-def load_runner(checkpoint: Checkpoint, shard: ShardConfig, mesh: Mesh) -> ModelRunner:
+def load_runner(shard: ShardConfig, mesh: Mesh, checkpoint: Checkpoint | None = None) -> ModelRunner:
+    """`checkpoint`: that of the first weights, where it is open already."""
+    first, *others = shard.weights
+    checkpoint = checkpoint or first.open()
     device = resolve_device(shard.engine.model.device)
-    return ModelRunner(
+    runner = ModelRunner(
         checkpoint,
         mesh,
         shard.engine,
+        weight_version=first.version,
         max_model_len=shard.max_model_len,
         dtype=resolve_dtype(shard.engine.model.dtype, checkpoint, device),
         device=device,
     )
+    for weights in others:
+        runner.hold(weights.version, runner.load(weights.open()))
+    return runner
 
 
 def _max_model_len(config: EngineConfig, spec: DecoderSpec) -> int:

@@ -10,6 +10,8 @@ import time
 from rayllm.core.errors import EngineUnavailableError
 from rayllm.core.types import Request
 from rayllm.engine.executor import Executor, Recovery
+from rayllm.engine.held_weights import HeldWeights
+from rayllm.engine.weights import Weights
 from rayllm.scheduler.scheduler import Scheduler, SequenceOutput
 
 # A request that ran at so many losses, and got hardly any further between them, may be what causes them.
@@ -19,11 +21,15 @@ _PROGRESS_TOKENS = 16
 
 class Engine:
     """`step_seconds`: how long batches were with the ranks, all together; `framework_seconds`: how long there was work
-    and no batch was, which is what scheduling costs that does not overlap with the model. Neither counts recoveries."""
+    and no batch was, which is what scheduling costs that does not overlap with the model. Neither counts recoveries.
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+    `weights`: those that the executor holds; others take their place between two steps."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, weights: Weights) -> None:
+        """The executor holds `weights`, which are the scheduler's `weight_version`."""
         self.scheduler = scheduler
         self.lock = threading.RLock()
+        self.weights = HeldWeights(weights, scheduler, executor, self.lock)
         self.num_steps = 0
         self.num_recoveries = 0
         self.last_recovery: Recovery | None = None
@@ -35,8 +41,10 @@ class Engine:
         self._since: float | None = None  # when the ranks last got or lost their only batch; None: nothing to do
 
     def add(self, request: Request) -> None:
-        """Raises CapacityError when the queue is full, InvalidRequestError for a request_id that is live."""
+        """Raises CapacityError when the queue is full, InvalidRequestError for a request_id that is live,
+        EngineUnavailableError for weights that are not held."""
         with self.lock:
+            self.weights.check(request.weight_version)
             if not self.has_work:
                 self._since = time.monotonic()
             self.scheduler.add(request)
@@ -51,6 +59,7 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         try:
+            self.weights.tend()
             self.launch()
             return self.finish()
         except EngineUnavailableError as lost:
@@ -62,7 +71,8 @@ class Engine:
     def launch(self) -> None:
         """Submit batches until the pipeline is full or nothing more can be scheduled.
 
-        This and `finish` raise EngineUnavailableError when a shard is lost, which `requeue` and `recover` answer.
+        This, `finish` and `weights.tend` raise EngineUnavailableError when a shard is lost, which `requeue` and
+        `recover` answer.
         """
         while self._in_flight < self._executor.in_flight:
             with self.lock:
@@ -105,11 +115,12 @@ class Engine:
             self.scheduler.requeue_all()
             for request_id in suspects:
                 self.scheduler.abort(request_id)
+            self.weights.lost()
             return suspects
 
     def recover(self, lost: EngineUnavailableError) -> None:
         """Wait for new shards. Raises EngineUnavailableError when they do not come in time."""
-        self.last_recovery = self._executor.recover(lost)
+        self.last_recovery = self._executor.recover(lost, self.weights.all)
         self.num_recoveries += 1
 
     def close(self) -> None:

@@ -1,13 +1,15 @@
 """Where a batch runs: in this process, or on a group of shards."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 from rayllm.core.errors import EngineUnavailableError
+from rayllm.engine.background_load import BackgroundLoad
 from rayllm.engine.model_runner import ModelRunner
+from rayllm.engine.weights import Weights
 from rayllm.scheduler.batch import Batch, StepResult
 
 
@@ -26,7 +28,7 @@ class Executor(Protocol):
 
     `in_flight` is how many may be submitted before the oldest is collected: the depth of the pipeline.
 
-    `submit`, `collect` and `check` raise EngineUnavailableError when a shard is lost or stalls, and from then on, until
+    All but `recover` and `close` raise EngineUnavailableError when a shard is lost or stalls, and from then on, until
     `recover` has returned.
     """
 
@@ -42,9 +44,23 @@ class Executor(Protocol):
         """Whether all is well, also while nothing is submitted."""
         ...
 
-    def recover(self, lost: EngineUnavailableError) -> Recovery:
-        """Replace the shards: the new ones know no sequence, and what was submitted is forgotten. `lost` is what was
-        raised. Raises EngineUnavailableError when they cannot be replaced, or `close` was called."""
+    def load(self, weights: Weights) -> None:
+        """Every rank begins to read them, beside its steps. One at a time: `loaded` ends it."""
+        ...
+
+    def loaded(self) -> bool:
+        """Whether every rank has what `load` asked for, so that batches may name it. Raises CheckpointError once one
+        has failed and the others have ended; then none holds it."""
+        ...
+
+    def drop(self, weights: Weights) -> None:
+        """No batch will name them any more."""
+        ...
+
+    def recover(self, lost: EngineUnavailableError, held: Sequence[Weights]) -> Recovery:
+        """Replace the shards: the new ones have the weights `held` and know no sequence, and what was submitted is
+        forgotten. `lost` is what was raised. Raises EngineUnavailableError when they cannot be replaced, or `close`
+        was called."""
         ...
 
     def close(self) -> None:
@@ -66,6 +82,7 @@ class LocalExecutor:
         """Raises what `load` raises."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._submitted: deque[Future[StepResult | None]] = deque()
+        self._loading: BackgroundLoad | None = None
         try:
             self._runner = self._thread.submit(load).result()
         except BaseException:
@@ -88,7 +105,22 @@ class LocalExecutor:
     def check(self) -> None:
         """This process is alive."""
 
-    def recover(self, lost: EngineUnavailableError) -> Recovery:
+    def load(self, weights: Weights) -> None:
+        self._loading = BackgroundLoad(self._runner, weights)
+
+    def loaded(self) -> bool:
+        loading = self._loading
+        assert loading is not None, "nothing is being loaded"
+        if not loading.done:
+            return False
+        self._loading = None
+        loading.hold()
+        return True
+
+    def drop(self, weights: Weights) -> None:
+        self._thread.submit(self._runner.drop, weights.version).result()
+
+    def recover(self, lost: EngineUnavailableError, held: Sequence[Weights]) -> Recovery:
         raise lost
 
     def close(self) -> None:

@@ -52,7 +52,7 @@ class LLM:
 
     @classmethod
     def from_prepared(cls, prepared: Prepared) -> Self:
-        """Of a checkpoint that is open."""
+        """Of weights that may lie in memory."""
         llm = cls.__new__(cls)
         llm._start(prepared)
         return llm

@@ -3,7 +3,9 @@
 The sampling rank is tensor-parallel rank 0 of the last pipeline stage; on every other rank `execute` returns None.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from rayllm.engine.paged_context import PagedContext
 from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
 from rayllm.engine.sampler import Sampler
 from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.decoder import Decoder
 from rayllm.parallel.fuse import fuse_projections
 from rayllm.parallel.load import load_shard, local_kv_heads, stage_layers
 from rayllm.parallel.mesh import Mesh
@@ -28,8 +31,20 @@ from rayllm_kernels import compile_kernels
 _LOGITS_ROWS = 256
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One version of the weights, ready for steps."""
+
+    model: Decoder
+    graphs: DecodeGraphs | None
+
+
 class ModelRunner:
-    """`max_model_len` tokens at most in a sequence. Call `init_cache` once, then `execute` for each step."""
+    """`max_model_len` tokens at most in a sequence. Call `init_cache` once, then `execute` for each step.
+
+    Starts with the weights of `checkpoint`, called `weight_version`; others of the same decoder can be held beside
+    them, and each step names those that compute it.
+    """
 
     def __init__(
         self,
@@ -37,6 +52,7 @@ class ModelRunner:
         mesh: Mesh,
         config: EngineConfig,
         *,
+        weight_version: str,
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -45,10 +61,10 @@ class ModelRunner:
         self._mesh = mesh
         self._device = device
         self._dtype = dtype
-        quantize = config.model.quantize
-        self._model = load_shard(checkpoint, mesh, dtype=dtype, device=device, quantize=quantize).requires_grad_(False)
-        fuse_projections(self._model)
-        pack_weights(self._model, dtype)
+        self._quantize = config.model.quantize
+        self._max_num_seqs = config.scheduler.max_num_seqs
+        self._served = self.load(checkpoint)  # of the step that is computed, or was last
+        self._held = {weight_version: self._served}
         if device.type == "cpu":
             compile_kernels()
         self._layout = KVLayout(
@@ -65,9 +81,6 @@ class ModelRunner:
             max_model_len=max_model_len,
             block_size=config.cache.block_size,
         )
-        self._graphs: DecodeGraphs | None = None
-        if device.type == "cpu" and mesh.tp_group is None:
-            self._graphs = DecodeGraphs(self._model, config.scheduler.max_num_seqs, dtype)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # seq_id -> how many alternatives, from which token on
         self._dynamic_rope = spec.rope is not None and spec.rope.type == "dynamic"
         self._samples = mesh.is_last_stage and mesh.tp_rank == 0
@@ -76,6 +89,38 @@ class ModelRunner:
             if self._samples
             else None
         )
+
+    def load(self, checkpoint: Checkpoint) -> ServedModel:
+        """Weights that `hold` takes, of a checkpoint with the spec of the first one. From any thread: steps may go on
+        meanwhile. Raises as `load_shard`."""
+        model = load_shard(
+            checkpoint, self._mesh, dtype=self._dtype, device=self._device, quantize=self._quantize
+        ).requires_grad_(False)
+        fuse_projections(model)
+        pack_weights(model, self._dtype)
+        if self._device.type == "cpu" and self._mesh.tp_group is None:
+            return ServedModel(model, DecodeGraphs(model, self._max_num_seqs, self._dtype))
+        return ServedModel(model, None)
+
+    @contextmanager
+    def beside_steps(self) -> Iterator[None]:
+        """For a thread that loads: on CUDA, a stream beside that of the steps, waited for at the end."""
+        if self._device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    def hold(self, weight_version: str, served: ServedModel) -> None:
+        self._held[weight_version] = served
+
+    def drop(self, weight_version: str) -> None:
+        """Between steps; none names it any more. Also what is not held, where it could not be loaded."""
+        dropped = self._held.pop(weight_version, None)
+        if self._served is dropped:
+            self._served = next(iter(self._held.values()))
 
     def init_cache(self, num_blocks: int) -> None:
         """`num_blocks` is what every rank agreed on: the least that fits on any of them.
@@ -90,6 +135,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult | None:
+        self._served = self._held[batch.weight_version]
         self._update_rows(batch)
         arrays = self._rows.step(batch)
         self._append_sampled(batch, arrays)
@@ -129,6 +175,7 @@ class ModelRunner:
                 self._sampler.append(row, token_id)
 
     def _forward(self, arrays: StepArrays) -> Tensor:
+        model, graphs = self._served.model, self._served.graphs
         num_tokens = len(arrays.tokens_T)
         context = PagedContext(
             cache=self._cache,
@@ -142,12 +189,10 @@ class ModelRunner:
         if self._mesh.is_first_stage:
             x = self._on_device(arrays.tokens_T)
         else:
-            hidden_size = self._model.spec.hidden_size
+            hidden_size = model.spec.hidden_size
             x = recv_hidden(self._mesh, num_tokens, hidden_size, self._dtype, self._device)
-        x_TD, rotation = self._model.embed(x, self._on_device(arrays.positions_T), context.rope_lengths_T)
-        if self._graphs is not None:
-            return self._graphs.transform(x_TD, rotation, context)
-        return self._model.transform(x_TD, rotation, context)
+        x_TD, rotation = model.embed(x, self._on_device(arrays.positions_T), context.rope_lengths_T)
+        return (model if graphs is None else graphs).transform(x_TD, rotation, context)
 
     def _sample(
         self, batch: Batch, arrays: StepArrays, hidden_TD: Tensor
@@ -186,7 +231,7 @@ class ModelRunner:
 
     def _logits(self, hidden_TD: Tensor, positions: Sequence[int]) -> Tensor | None:
         index = torch.tensor(positions, device=self._device)
-        return self._model.logits(hidden_TD.index_select(0, index))
+        return self._served.model.logits(hidden_TD.index_select(0, index))
 
     def _on_device(self, array: object) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -44,9 +44,12 @@ class Ranks:
                 raise
             self.restart(lost)
 
-    def restart(self, lost: ShardLostError) -> Recovery:
-        """Returns when new ranks are loaded, their caches empty. Raises the last ClusterError when the outage has
-        lasted too long, and at once GroupClosedError if `close` was called or SessionError if Ray has ended."""
+    def restart(self, lost: ShardLostError, config: bytes | None = None) -> Recovery:
+        """Returns when new ranks are loaded (`config`: by another one than before), their caches empty.
+
+        Raises the last ClusterError when the outage has lasted too long, and at once GroupClosedError if `close` was
+        called or SessionError if Ray has ended.
+        """
         noticed = time.monotonic()
         if self._outage is None:
             self._outage = noticed
@@ -57,7 +60,7 @@ class Ranks:
             if self._closing.wait(pause):
                 raise GroupClosedError("the shard group is closed")
             try:
-                self._load(give_up - time.monotonic())
+                self._load(give_up - time.monotonic(), config)
             except (GroupClosedError, SessionError):
                 raise
             except ClusterError as again:
@@ -79,9 +82,9 @@ class Ranks:
         self._closing.set()
         self._group.close()
 
-    def _load(self, timeout_s: float) -> None:
+    def _load(self, timeout_s: float, config: bytes | None = None) -> None:
         deadline = time.monotonic() + timeout_s
-        self._group.start(timeout_s=timeout_s)
+        self._group.start(timeout_s=timeout_s, config=config)
         if not self.num_blocks:
             self.num_blocks = min(msgspec.msgpack.decode(ready, type=Ready).num_blocks for ready in self._group.ready)
         command: Command = InitCache(self.num_blocks)

@@ -2,6 +2,8 @@
 are `rayllm_cluster`'s."""
 
 import os
+from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -9,12 +11,13 @@ import msgspec
 import ray
 import torch
 
-from rayllm.core.config import EngineConfig, ParallelConfig
+from rayllm.core.config import EngineConfig
 from rayllm.core.errors import CheckpointError, ConfigError, EngineUnavailableError, RayLLMError
 from rayllm.engine.build import Prepared, ShardConfig
-from rayllm.engine.commands import Command, Execute
+from rayllm.engine.commands import Answer, Command, Drop, Execute, Load, LoadState, Look
 from rayllm.engine.executor import Recovery
 from rayllm.engine.ranks import Ranks
+from rayllm.engine.weights import Weights
 from rayllm.scheduler.batch import Batch, StepResult
 from rayllm_cluster.errors import (
     ClusterError,
@@ -31,6 +34,7 @@ from rayllm_cluster.shard_group import GroupOptions, ShardGroup
 STEP_TIMEOUT_S = 120.0
 
 _SHARD_FACTORY = "rayllm.engine.shard:create_handler"
+_decode_answer: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 
 class RayExecutor:
@@ -38,33 +42,53 @@ class RayExecutor:
         self,
         group: ShardGroup,
         ranks: Ranks,
-        parallel: ParallelConfig,
+        shard: ShardConfig,
         *,
         session: Session,
         step_timeout_s: float = STEP_TIMEOUT_S,
     ) -> None:
-        """Takes over the ranks, which are started, with their group, and the session."""
+        """Takes over the ranks, which are started as `shard` says, with their group, and the session."""
+        parallel = shard.engine.parallel
         self.in_flight = parallel.pipeline
         self._group = group
         self._ranks = ranks
+        self._shard = shard
         self._session = session
+        self._world_size = parallel.world_size
         self._sampling_rank = (parallel.pipeline - 1) * parallel.tensor
         self._recovery_timeout_s = parallel.shard_recovery_timeout_s
         self._step_timeout_s = step_timeout_s
+        self._results: deque[StepResult] = deque()  # that came before an answer which was waited for
+        self._loading = ""
 
     def submit(self, batch: Batch) -> None:
-        try:
-            self._group.broadcast(_encode(Execute(batch)), timeout_s=self._step_timeout_s)
-        except ClusterError as error:
-            raise _unavailable(error) from error
+        self._send(Execute(batch))
 
     def collect(self) -> StepResult:
-        try:
-            payload = self._group.recv(self._sampling_rank, timeout_s=self._step_timeout_s)
-        except ClusterError as error:
-            raise _unavailable(error) from error
+        if self._results:
+            return self._results.popleft()
+        result = self._receive(self._sampling_rank)
+        assert isinstance(result, StepResult)
         self._ranks.answered()
-        return msgspec.msgpack.decode(payload, type=StepResult)
+        return result
+
+    def load(self, weights: Weights) -> None:
+        self._loading = weights.version
+        self._send(Load(weights))
+
+    def loaded(self) -> bool:
+        self._send(Look())
+        states = [self._load_state(rank) for rank in range(self._world_size)]
+        if not all(state.is_done for state in states):
+            return False
+        problem = next((state.problem for state in states if state.problem is not None), None)
+        if problem is not None:
+            self._send(Drop(self._loading))
+            raise CheckpointError(*problem)
+        return True
+
+    def drop(self, weights: Weights) -> None:
+        self._send(Drop(weights.version))
 
     def check(self) -> None:
         try:
@@ -72,11 +96,13 @@ class RayExecutor:
         except ClusterError as error:
             raise _unavailable(error) from error
 
-    def recover(self, lost: EngineUnavailableError) -> Recovery:
+    def recover(self, lost: EngineUnavailableError, held: Sequence[Weights]) -> Recovery:
         if not isinstance(lost.__cause__, ShardLostError):
             raise lost
+        self._results.clear()
+        self._shard = msgspec.structs.replace(self._shard, weights=tuple(held))
         try:
-            return self._ranks.restart(lost.__cause__)
+            return self._ranks.restart(lost.__cause__, _encode(self._shard))
         except (GroupClosedError, SessionError) as error:
             raise _unavailable(error) from error
         except ClusterError as error:
@@ -87,6 +113,24 @@ class RayExecutor:
     def close(self) -> None:
         self._ranks.close()
         self._session.stop()
+
+    def _load_state(self, rank: int) -> LoadState:
+        while isinstance(answer := self._receive(rank), StepResult):
+            self._results.append(answer)
+            self._ranks.answered()
+        return answer
+
+    def _send(self, command: Command) -> None:
+        try:
+            self._group.broadcast(_encode(command), timeout_s=self._step_timeout_s)
+        except ClusterError as error:
+            raise _unavailable(error) from error
+
+    def _receive(self, rank: int) -> Answer:
+        try:
+            return _decode_answer.decode(self._group.recv(rank, timeout_s=self._step_timeout_s))
+        except ClusterError as error:
+            raise _unavailable(error) from error
 
 
 def start_ray(prepared: Prepared) -> tuple[RayExecutor, int]:
@@ -112,7 +156,7 @@ def start_ray(prepared: Prepared) -> tuple[RayExecutor, int]:
         except ClusterError as error:
             raise _start_error(error) from error
         stack.pop_all()
-    return RayExecutor(group, ranks, config.parallel, session=session), ranks.num_blocks
+    return RayExecutor(group, ranks, shard, session=session), ranks.num_blocks
 
 
 def replica_placement(config: EngineConfig) -> PlacementPlan:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rayllm.core.config import EngineConfig
 from rayllm.core.errors import ConfigError
 from rayllm.core.types import SamplingParams
-from rayllm.engine.build import prepare
+from rayllm.engine.build import Prepared, prepare
 from rayllm.engine.llm import LLM
 from rayllm.engine.outputs import RequestOutput
 from rayllm.eval.backend import OnResponse, Usage
@@ -16,7 +16,6 @@ from rayllm.eval.scoring import ScoringCall, Span, SpanMaker, Tokens, add_up, sc
 from rayllm.eval.task import Generate, Generated, Likelihood, Request
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.hub import resolve_model
-from rayllm.models.weight_version import weight_version
 
 
 class LocalBackend:
@@ -38,19 +37,24 @@ class LocalBackend:
     def open(cls, config: EngineConfig) -> "LocalBackend":
         """Raises ConfigError or CheckpointError when the model cannot be loaded."""
         checkpoint = Checkpoint.open(resolve_model(config.model.model))
-        return cls.of(config, checkpoint, weight_version(checkpoint.directory))
+        model = replace(config.model, model=str(checkpoint.directory), max_model_len=_max_model_len(config, checkpoint))
+        prepared = prepare(replace(config, model=model))
+        return cls._started(prepared, config.model.model, prepared.weights.version)
 
     @classmethod
-    def of(cls, config: EngineConfig, checkpoint: Checkpoint, version: str) -> "LocalBackend":
-        """Of weights that may lie in memory. Raises ConfigError when they cannot be loaded so."""
-        longest = _max_model_len(config, checkpoint)
-        model = replace(config.model, model=str(checkpoint.directory), max_model_len=longest)
-        llm = LLM.from_prepared(prepare(replace(config, model=model), checkpoint))
+    def of_held(cls, config: EngineConfig, held: Checkpoint, version: str) -> "LocalBackend":
+        """Of weights in memory, which are called `version`. Raises ConfigError when they cannot be loaded so."""
+        model = replace(config.model, max_model_len=_max_model_len(config, held))
+        return cls._started(prepare(replace(config, model=model), held), config.model.model, version)
+
+    @classmethod
+    def _started(cls, prepared: Prepared, model: str, version: str) -> "LocalBackend":
+        config, llm = prepared.config, LLM.from_prepared(prepared)
         return cls(
             llm,
-            model=config.model.model,
+            model=model,
             weight_version=version,
-            max_input_tokens=min(longest, llm.limits.max_request_tokens) - 1,
+            max_input_tokens=min(prepared.max_model_len, llm.limits.max_request_tokens) - 1,
             block_size=config.cache.block_size,
             step_tokens=config.scheduler.max_num_batched_tokens,
         )

@@ -1,8 +1,9 @@
 """One rank's part of a checkpoint, in one visible order: spec, meta model, pipeline split, int8 layers, slices,
 collectives."""
 
+from dataclasses import replace
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayllm.core.errors import CheckpointError
@@ -37,9 +38,10 @@ def load_shard(
 ) -> Decoder:
     """Raises ConfigError, before a weight is read, where the model cannot be split over `mesh`.
 
-    Reads nothing but this rank's slices, and holds no more than one of them twice. Linear layers that are stored as
-    int8 stay so; `quantize` makes those of a checkpoint without any int8 as they are read. Raises CheckpointError for a
-    scale or, quantizing, a weight that is not finite, and for outlier columns that are not the layer's.
+    Keeps nothing but this rank's slices, holds no more than one of them twice, and talks to no other rank. Linear
+    layers that are stored as int8 stay so; `quantize` makes those of a checkpoint without any int8 as they are read.
+    Raises CheckpointError for a scale or, quantizing, a weight that is not finite, and for outlier columns that are not
+    the layer's.
     """
     check_layout(checkpoint.spec, mesh.tp_size, mesh.pp_size)
     with torch.device("meta"):
@@ -121,11 +123,16 @@ def _load_int8(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh
 
 
 def _quantize(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh, device: torch.device) -> None:
-    """The scale of an output that is split over ranks is that of its whole row, as it would be on one rank."""
+    """The scale of an output that is split over ranks is that of its whole row, as it would be on one rank. For it
+    the other slices are read too: ranks that load do not talk, so that none waits for one that fails, or that also
+    computes steps meanwhile."""
     weight_NK = _read_slice(f"{name}.weight", checkpoint, mesh, torch.float32, device)
     scale_N1 = absmax_scale(weight_NK)
-    if style_of(name) is Style.ROW and mesh.tp_group is not None:
-        dist.all_reduce(scale_N1, dist.ReduceOp.MAX, group=mesh.tp_group)
+    if style_of(name) is Style.ROW:
+        for rank in set(range(mesh.tp_size)) - {mesh.tp_rank}:
+            other = replace(mesh, tp_rank=rank)
+            other_NK = _read_slice(f"{name}.weight", checkpoint, other, torch.float32, device)
+            scale_N1 = torch.maximum(scale_N1, absmax_scale(other_NK))
     _check_finite(scale_N1, f"{name}.weight", checkpoint)
     module.set_weight(round_to_int8(weight_NK, scale_N1), scale_N1)
 

@@ -55,12 +55,16 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """`released`: sequences that finished, were aborted or preempted since the last step; their rows are free."""
+    """`released`: sequences that finished, were aborted or preempted since the last step; their rows are free.
+
+    `weight_version`: the weights that compute it, of all that the ranks hold.
+    """
 
     step_id: int
     released: list[int]
     new: list[NewSequence]
     scheduled: list[ScheduledSequence]
+    weight_version: str
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -85,7 +89,7 @@ class SequenceResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[PositionLogprobs] | None
 
 
-class StepResult(msgspec.Struct, frozen=True, array_like=True):
+class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """In the order of `Batch.scheduled`."""
 
     step_id: int

@@ -4,6 +4,9 @@
 with admissions from the waiting queue, first come first served; prompts are cut into chunks that fit. `commit()`
 takes the ranks' answer. Up to `in_flight` steps may lie between the two, each with sequences of its own.
 
+A request keeps the weights that it began with, and a step is computed by one version of them: while requests of two
+versions are live, their steps take turns.
+
 A sequence gets the blocks of all its known tokens when it is admitted, so only a decode that crosses a block boundary
 can find the memory exhausted. Then the sequence admitted last gives its blocks back and waits again, at the front of
 the queue, with its tokens kept. The one admitted first always advances, hence everything ends: every request that
@@ -33,6 +36,7 @@ __all__ = ["Scheduler", "SequenceOutput"]
 class _Step:
     """A batch in the making, and the sequences behind its `scheduled`, in the same order."""
 
+    weight_version: str
     budget: int  # tokens left
     new: list[NewSequence] = field(default_factory=list)
     scheduled: list[ScheduledSequence] = field(default_factory=list)
@@ -40,7 +44,8 @@ class _Step:
 
 
 class Scheduler:
-    """`cache_key(prompt_len)`: what a prefix's KV depends on besides its tokens; asked at each admission."""
+    """`cache_key(prompt_len)`: what a prefix's KV depends on besides its tokens and the weights; asked at each
+    admission. `weight_version`: the weights of requests that name none; may be set at any time."""
 
     def __init__(
         self,
@@ -52,7 +57,9 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         in_flight: int = 1,
         cache_key: Callable[[int], bytes] = lambda prompt_len: b"",
+        weight_version: str = "",
     ) -> None:
+        self.weight_version = weight_version
         self.prefix_query_tokens = 0  # prompt tokens looked up in the prefix cache
         self.prefix_hit_tokens = 0  # and found
         self.preemptions = 0
@@ -72,12 +79,19 @@ class Scheduler:
         self._released: list[int] = []  # what the next batch tells the ranks
         self._refused: tuple[int, int, int] | None = None  # see _take_blocks
         self._num_live = 0
+        self._live_versions: Counter[str] = Counter()  # how many requests each has
+        self._last_version = weight_version  # of the last step
         self._next_seq_id = 0
         self._next_step_id = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._groups or self._in_flight)
+
+    @property
+    def live_versions(self) -> set[str]:
+        """The weights that unfinished requests have."""
+        return set(self._live_versions)
 
     @property
     def num_running(self) -> int:
@@ -112,12 +126,14 @@ class Scheduler:
         group = new_group(
             request,
             self._next_seq_id,
+            weight_version=self.weight_version if request.weight_version is None else request.weight_version,
             eos_token_ids=self._eos_token_ids,
             max_sequence_len=self._max_sequence_len,
         )
         self._next_seq_id += request.params.n
         self._num_live += len(group.sequences)
         self._groups[request.request_id] = group
+        self._live_versions[group.weight_version] += 1
         self._waiting.append(group.held.pop(0))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -138,16 +154,13 @@ class Scheduler:
         """The next step; None if nothing can be scheduled before a step in flight is committed, or at all."""
         if len(self._in_flight) == self._max_in_flight:
             return None
-        step = _Step(budget=self._config.max_num_batched_tokens)
-        self._schedule_running(step)
-        self._admit(step)  # nobody just preempted: such a one is first in the queue, and its blocks are not all free
-        if not step.scheduled:
-            return None
-        batch = Batch(step_id=self._next_step_id, released=self._released, new=step.new, scheduled=step.scheduled)
-        self._next_step_id += 1
-        self._released = []
-        self._in_flight.append((batch, step.sequences))
-        return batch
+        for weight_version in sorted(self._live_versions, key=lambda version: version == self._last_version):
+            step = _Step(weight_version=weight_version, budget=self._config.max_num_batched_tokens)
+            self._schedule_running(step)
+            self._admit(step)  # nobody just preempted: such a one is first in the queue, its blocks not all free
+            if step.scheduled:
+                return self._launched(step)
+        return None
 
     def commit(self, result: StepResult) -> list[SequenceOutput]:
         """Takes the answer to the oldest step in flight: a new token for each sequence that sampled."""
@@ -218,18 +231,35 @@ class Scheduler:
             assert all(sequence.status is status for sequence in place), f"a {status.name} sequence has another status"
         assert not any(sequence.block_table for sequence in (*queued, *held)), "a waiting sequence holds blocks"
         self._waiting.check_integrity()
+        versions = Counter(group.weight_version for group in self._groups.values())
+        assert versions == self._live_versions, f"requests have the weights {versions}, counted {self._live_versions}"
         for group in self._groups.values():
             leaders = [sequence for sequence in group.sequences.values() if sequence.status is not Status.HELD]
             computed = any(sequence.num_computed_tokens >= len(sequence.prompt_token_ids) for sequence in leaders)
             assert leaders, f"request {group.request.request_id!r}: all siblings are held"
             assert not (group.held and computed), f"request {group.request.request_id!r}: held after the prompt"
 
+    def _launched(self, step: _Step) -> Batch:
+        batch = Batch(
+            step_id=self._next_step_id,
+            released=self._released,
+            new=step.new,
+            scheduled=step.scheduled,
+            weight_version=step.weight_version,
+        )
+        self._next_step_id += 1
+        self._last_version = step.weight_version
+        self._released = []
+        self._in_flight.append((batch, step.sequences))
+        return batch
+
     def _schedule_running(self, step: _Step) -> None:
         # With several steps in flight each takes its share of the decodes, else one step would hold them all and the
         # stages of the pipeline would wait for each other.
-        num_decodes = -(-len(self._running) // self._max_in_flight)
+        running = [each for each in self._running.values() if each.group.weight_version == step.weight_version]
+        num_decodes = -(-len(running) // self._max_in_flight)
         prefills = []
-        for sequence in list(self._running.values()):
+        for sequence in running:
             if sequence.in_flight or sequence.status is not Status.RUNNING:  # the latter: preempted by one before it
                 continue
             if sequence.num_tokens - sequence.num_computed_tokens > 1:
@@ -267,7 +297,7 @@ class Scheduler:
         max_running = self._config.max_num_seqs - len(self._dying)
         while self._waiting and step.budget and len(self._running) < max_running:
             sequence = self._waiting.head
-            if not self._take_blocks(sequence):
+            if sequence.group.weight_version != step.weight_version or not self._take_blocks(sequence):
                 return
             self._waiting.popleft()
             sequence.status = Status.RUNNING
@@ -312,7 +342,8 @@ class Scheduler:
         return True
 
     def _prefix_hits(self, sequence: Sequence) -> list[int]:
-        root = root_hash(self._cache_key(len(sequence.prompt_token_ids)))
+        weights = sequence.group.weight_version.encode()
+        root = root_hash(weights + b"\0" + self._cache_key(len(sequence.prompt_token_ids)))
         if not sequence.digests or sequence.digests[0] != root:
             sequence.digests = [root]
         max_hit_tokens = sequence.num_tokens - 1  # the last token's logits are needed
@@ -408,3 +439,6 @@ class Scheduler:
         del group.sequences[sequence.index]
         if not group.sequences:
             del self._groups[group.request.request_id]
+            self._live_versions[group.weight_version] -= 1
+            if not self._live_versions[group.weight_version]:
+                del self._live_versions[group.weight_version]

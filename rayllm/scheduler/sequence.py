@@ -54,6 +54,7 @@ class SequenceGroup:
     """The sequences of one request that are not finished, by index; `held` ones are among them."""
 
     request: Request
+    weight_version: str
     stop_ids: frozenset[int]
     max_len: int  # tokens, prompt included, at which a sequence ends
     prompt_logprobs: list[TokenLogprobs | None] | None  # those known; None: not asked for, or handed out already
@@ -175,7 +176,7 @@ class Sequence:
 
 
 def new_group(
-    request: Request, first_seq_id: int, *, eos_token_ids: frozenset[int], max_sequence_len: int
+    request: Request, first_seq_id: int, *, weight_version: str, eos_token_ids: frozenset[int], max_sequence_len: int
 ) -> SequenceGroup:
     """The request's `n` sequences, all held. `max_sequence_len`: tokens, whatever the request asks for.
 
@@ -187,6 +188,7 @@ def new_group(
     stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
     group = SequenceGroup(
         request=request,
+        weight_version=weight_version,
         stop_ids=stop_ids,
         max_len=min(wanted, max_sequence_len),
         prompt_logprobs=None if params.prompt_logprobs is None else [None] * params.prompt_logprobs_start,

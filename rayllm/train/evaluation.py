@@ -68,7 +68,7 @@ class Evaluation:
             shutil.rmtree(output, ignore_errors=True)  # of an attempt that went further than its last checkpoint
         weights = language_model(self._trainee, self._mesh, self._config.model.compute_dtype)
         checkpoint = Checkpoint.held(self._directory, self._model_config, weights)
-        own = LocalBackend.of(self._engine(checkpoint), checkpoint, f"step-{step:08d}")
+        own = LocalBackend.of_held(self._engine(checkpoint), checkpoint, f"step-{step:08d}")
         del weights, checkpoint  # the engine has its own
         try:
             report = run_tasks(

@@ -10,7 +10,6 @@ A folder is filled under a name that begins with a dot, and renamed when all of 
 metadata of torch.distributed.checkpoint are a pickle: go on only from a run that you trust.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,10 +22,11 @@ from typing import Any
 import msgspec
 
 from rayllm.core.errors import CheckpointError
+from rayllm.models.manifest import FileEntry, Manifest
 from rayllm.train.config import CheckpointConfig
 
 TRAINING = "training"
-_STATE, _MANIFEST = "state.json", "manifest.json"
+_STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -52,15 +52,11 @@ class Saved:
 
     def verify(self) -> None:
         """Reads every file. Raises CheckpointError that names the first one that is not what was written."""
-        try:
-            manifest = json.loads((self.directory / _MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(self.directory / _MANIFEST, f"cannot be read: {error}") from None
-        for name, entry in manifest["files"].items():
+        for name, entry in Manifest.read(self.directory).files.items():
             path = self.directory / name
             if not path.is_file():
                 raise CheckpointError(path, "is missing; remove its folder to go on from the checkpoint before")
-            if _entry(path) != entry:
+            if FileEntry.of(path) != entry:
                 raise CheckpointError(
                     path, "is not what was written; remove its folder to go on from the checkpoint before"
                 )
@@ -98,8 +94,7 @@ class SavedRun:
         """Seals what lies in `staging`, flushes it to the disk, and gives it its name in one step."""
         staging, final = self.staging(state.step), self.directory / _name(state.step)
         (staging / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        files = {str(path.relative_to(staging)): _entry(path) for path in _files(staging)}
-        (staging / _MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+        Manifest({str(path.relative_to(staging)): FileEntry.of(path) for path in _files(staging)}).write(staging)
         for path in [*_files(staging), staging / TRAINING, staging]:
             _flush(path)
         if final.exists():  # the run went back to an older one and came here again
@@ -123,11 +118,6 @@ def _name(step: int) -> str:
 
 def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _remove(directory: Path) -> None:

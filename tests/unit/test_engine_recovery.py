@@ -5,8 +5,11 @@ The executor is the one of this process, whose model runner is thrown away and l
 """
 
 import asyncio
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -16,21 +19,29 @@ from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import EngineParts, Prepared, build_engine, load_runner, prepare
 from rayllm.engine.engine import MAX_LOSSES, Engine
 from rayllm.engine.executor import LocalExecutor, Recovery
+from rayllm.engine.weights import Weights
+from rayllm.models.checkpoint import Checkpoint
+from rayllm.models.weight_version import weight_version
 from rayllm.parallel.mesh import Mesh
 from rayllm.scheduler.batch import Batch, StepResult
+from tests.checkpoints import retrained
 
 
 class LosingExecutor(LocalExecutor):
-    """Loses its runner in the calls of `submit` and `collect` whose numbers `losses` has."""
+    """Loses its runner in the calls of `submit` and `collect` whose numbers `losses` has, and in any of `loaded` while
+    `loses_load` is set."""
 
     def __init__(self, prepared: Prepared, losses: set[int]) -> None:
         self._prepared = prepared
+        self._held: Sequence[Weights] = [prepared.weights]
         self._losses = losses
         self.num_calls = 0
+        self.loses_load = False
         super().__init__(self._load)
 
     def _load(self):
-        runner = load_runner(self._prepared.checkpoint, self._prepared.shard, Mesh.single())
+        shard = msgspec.structs.replace(self._prepared.shard, weights=tuple(self._held))
+        runner = load_runner(shard, Mesh.single())
         runner.init_cache(runner.num_blocks_that_fit)
         return runner
 
@@ -47,10 +58,17 @@ class LosingExecutor(LocalExecutor):
         self._count()
         return super().collect()
 
-    def recover(self, lost: EngineUnavailableError) -> Recovery:
+    def loaded(self) -> bool:
+        if self.loses_load:
+            raise EngineUnavailableError("the runner is lost")
+        return super().loaded()
+
+    def recover(self, lost: EngineUnavailableError, held: Sequence[Weights]) -> Recovery:
         for submitted in self._submitted:
             submitted.result()
         self._submitted.clear()
+        self._loading = None
+        self._held = held
         self._runner = self._thread.submit(self._load).result()
         return Recovery(cause=str(lost), detection_s=0.0, recovery_s=0.0)
 
@@ -168,3 +186,70 @@ def test_who_gets_no_further_ends(tiny_model: Path, stride: int) -> None:
     engine.scheduler.check_integrity()
     engine.close()
     expected.close()
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return retrained(tiny_model, tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+def greedy(name: str) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    return Request(request_id=name, prompt_token_ids=(5, 6, 7), params=params)
+
+
+def load(engine: Engine, model: Path) -> str:
+    weights = Weights.of(Checkpoint.open(model))
+    done = engine.weights.load(weights)
+    while not done.done():
+        engine.step()
+    done.result()
+    return weights.version
+
+
+def old_and_new(model: Path, other: Path, losses: set[int]) -> tuple[dict[str, list[int]], int]:
+    """A request that begins before the weights are changed, and one after; -> their tokens, the number of calls."""
+    parts, executor = start(model, losses)
+    engine = parts.engine
+    version = load(engine, other)
+    engine.add(greedy("old"))
+    tokens: dict[str, list[int]] = {"old": [], "new": []}
+    for step in itertools.count():
+        if step == 4:
+            engine.weights.use(version)
+            engine.add(greedy("new"))
+        if not engine.has_work:
+            break
+        for output in engine.step():
+            tokens[output.request_id].append(output.token_id)
+    engine.scheduler.check_integrity()
+    engine.close()
+    return tokens, executor.num_calls
+
+
+def test_a_loss_while_two_versions_run(tiny_model: Path, other_model: Path) -> None:
+    expected, num_calls = old_and_new(tiny_model, other_model, set())
+    assert expected["old"] != expected["new"]
+    engine = start(other_model, set())[0].engine
+    engine.add(greedy("new"))
+    assert expected["new"] == steps_of(engine)
+    engine.close()
+    for call in range(9, num_calls, 11):  # four steps of the old one alone have two calls each
+        assert old_and_new(tiny_model, other_model, {call})[0] == expected, f"lost in call {call}"
+
+
+def test_a_loss_while_weights_are_loaded(tiny_model: Path, other_model: Path) -> None:
+    """Ends the load and nothing else; the next one succeeds."""
+    parts, executor = start(tiny_model, set())
+    engine = parts.engine
+    engine.add(greedy("a"))
+    executor.loses_load = True
+    with pytest.raises(EngineUnavailableError, match="a shard was lost while it loaded the new weights"):
+        load(engine, other_model)
+    executor.loses_load = False
+    assert engine.num_recoveries == 1
+    assert [each.version for each in engine.weights.all] == [weight_version(tiny_model)]
+    engine.weights.use(load(engine, other_model))
+    steps_of(engine)
+    engine.scheduler.check_integrity()
+    engine.close()

@@ -22,11 +22,12 @@ def test_mixed_prefill_and_decode():
                 ScheduledSequence(11, 0, 2, [], [2], True),
                 ScheduledSequence(12, 0, 1, [], [9], True),
             ],
+            "w",
         )
     )
     rows.release(12)
     arrays = rows.step(
-        Batch(1, [], [], [ScheduledSequence(11, 2, 1, [77], [], True), ScheduledSequence(10, 3, 4, [], [0], True)])
+        Batch(1, [], [], [ScheduledSequence(11, 2, 1, [77], [], True), ScheduledSequence(10, 3, 4, [], [0], True)], "w")
     )
     assert arrays.tokens_T.tolist() == [77, 4, 5, 6, 7]
     assert arrays.positions_T.tolist() == [2, 3, 4, 5, 6]
@@ -43,8 +44,8 @@ def test_mixed_prefill_and_decode():
 def test_a_row_is_reused_after_its_release():
     rows = PersistentBatch(max_num_seqs=1, max_model_len=8, block_size=2)
     rows.admit(NewSequence(1, [1, 2, 3], 3, SAMPLER))
-    rows.step(Batch(0, [], [], [ScheduledSequence(1, 0, 3, [], [3, 1], True)]))
+    rows.step(Batch(0, [], [], [ScheduledSequence(1, 0, 3, [], [3, 1], True)], "w"))
     assert rows.release(1) == rows.admit(NewSequence(2, [4], 1, SAMPLER))
-    arrays = rows.step(Batch(1, [1], [], [ScheduledSequence(2, 0, 1, [], [5], True)]))
+    arrays = rows.step(Batch(1, [1], [], [ScheduledSequence(2, 0, 1, [], [5], True)], "w"))
     assert arrays.slots_T.tolist() == [10]
     assert arrays.tokens_T.dtype == np.int64

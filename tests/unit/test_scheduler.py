@@ -30,8 +30,8 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
-def fingerprints(tokens: Sequence[int]) -> list[int]:
-    return list(accumulate(tokens, mix, initial=0))[1:]
+def fingerprints(tokens: Sequence[int], weights: str = "") -> list[int]:
+    return list(accumulate(tokens, mix, initial=mix(*weights.encode())))[1:]
 
 
 def next_token(fingerprint: int, seed: int, suppressed: Sequence[int]) -> int:
@@ -43,21 +43,24 @@ def score(fingerprint: int, token: int) -> PositionLogprobs:
     return PositionLogprobs(token, -(mix(fingerprint, token) % 100) / 10, 1, [(token, -0.5)])
 
 
-def reference(prompt: Sequence[int], params: SamplingParams, index: int = 0, max_len: int = 1 << 30) -> list[int]:
+def reference(
+    prompt: Sequence[int], params: SamplingParams, index: int = 0, max_len: int = 1 << 30, weights: str = ""
+) -> list[int]:
     """What the model generates, without any scheduling."""
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
     seed = sequence_seed(params.seed % (1 << 64), index)
     tokens = list(prompt)
     while len(tokens) - len(prompt) != params.max_tokens and len(tokens) < max_len:
         early = len(tokens) - len(prompt) < params.min_tokens
-        tokens.append(next_token(fingerprints(tokens)[-1], seed, stops if early else ()))
+        tokens.append(next_token(fingerprints(tokens, weights)[-1], seed, stops if early else ()))
         if tokens[-1] in stops:
             break
     return tokens[len(prompt) :]
 
 
-def reference_prompt_logprobs(prompt: Sequence[int], start: int = 1) -> list[TokenLogprobs | None]:
-    scores = [score(fingerprint, token) for fingerprint, token in zip(fingerprints(prompt), prompt[1:], strict=False)]
+def reference_prompt_logprobs(prompt: Sequence[int], start: int = 1, weights: str = "") -> list[TokenLogprobs | None]:
+    prints = fingerprints(prompt, weights)
+    scores = [score(fingerprint, token) for fingerprint, token in zip(prints, prompt[1:], strict=False)]
     known = [TokenLogprobs(token_id=s.token_id, logprob=s.logprob, rank=1, top=tuple(s.top)) for s in scores]
     return [*[None] * start, *known[start - 1 :]]
 
@@ -89,9 +92,9 @@ class Ranks:
             self.rows[new.seq_id] = Row(new.token_ids, new.prompt_len, new.sampler)
         assert len(self.rows) <= self.max_num_seqs
         assert len({s.seq_id for s in batch.scheduled}) == len(batch.scheduled)
-        return StepResult(batch.step_id, [self._run(scheduled) for scheduled in batch.scheduled])
+        return StepResult(batch.step_id, [self._run(each, batch.weight_version) for each in batch.scheduled])
 
-    def _run(self, scheduled) -> SequenceResult:
+    def _run(self, scheduled, weights: str) -> SequenceResult:
         row = self.rows[scheduled.seq_id]
         row.tokens += scheduled.new_token_ids
         row.block_table += scheduled.new_block_ids
@@ -100,9 +103,9 @@ class Ranks:
         assert stop <= len(row.block_table) * self.block_size
         assert scheduled.sample == (stop == len(row.tokens))
         slots = [row.block_table[p // self.block_size] * self.block_size + p % self.block_size for p in range(stop)]
-        prints = fingerprints(row.tokens[:stop])
+        prints = fingerprints(row.tokens[:stop], weights)
         past = [self.kv.get(slot) for slot in slots[: scheduled.start]]
-        assert past == prints[: scheduled.start], "the KV in the sequence's blocks is not that of its tokens"
+        assert past == prints[: scheduled.start], "the KV in the blocks is not of the sequence's tokens and weights"
         for position in range(scheduled.start, stop):
             self.kv[slots[position]] = prints[position]
         self.num_computed += scheduled.num_tokens
@@ -137,12 +140,14 @@ class Engine:
         self.new_ranks = lambda: Ranks(block_size=block_size, max_num_seqs=config.max_num_seqs)
         self.ranks = self.new_ranks()
         self.pending: deque[StepResult] = deque()
+        self.weights: dict[str, str] = {}  # of each request
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
 
     def add(self, request_id: str, prompt: Sequence[int], **params) -> Request:
         params = SamplingParams(**{"seed": 1, "max_tokens": 8, "ignore_eos": True, **params})
         request = Request(request_id=request_id, prompt_token_ids=tuple(prompt), params=params)
         self.scheduler.add(request)
+        self.weights[request_id] = self.scheduler.weight_version
         self.scheduler.check_integrity()
         return request
 
@@ -190,7 +195,7 @@ class Engine:
         return [output.token_id for output in self.outputs.get((request_id, index), [])]
 
     def check(self, request: Request, index: int = 0) -> None:
-        expected = reference(request.prompt_token_ids, request.params, index)
+        expected = reference(request.prompt_token_ids, request.params, index, weights=self.weights[request.request_id])
         assert self.tokens(request.request_id, index) == expected
 
 
@@ -821,11 +826,67 @@ def test_a_sequence_in_flight_is_not_preempted():
         engine.check(request)
 
 
+# --- weights
+
+
+def test_a_request_keeps_its_weights_and_steps_take_turns():
+    engine = Engine()
+    engine.scheduler.weight_version = "old"
+    requests = [engine.add("a", [1] * 9), engine.add("b", [2] * 9)]
+    engine.step()
+    engine.scheduler.weight_version = "new"
+    requests += [engine.add("c", [1] * 9), engine.add("d", [2] * 9)]
+    turns = [(engine.step().weight_version, engine.scheduler.num_running) for _ in range(4)]
+    assert turns == [("new", 4), ("old", 4), ("new", 4), ("old", 4)]
+    assert engine.scheduler.live_versions == {"old", "new"}
+    engine.drain()
+    assert engine.scheduler.live_versions == set()
+    for request in requests:
+        engine.check(request)
+    assert engine.tokens("a") != engine.tokens("c")
+
+
+def test_a_request_may_name_its_weights():
+    engine = Engine()
+    engine.scheduler.weight_version = "new"
+    params = SamplingParams(seed=1, max_tokens=8, ignore_eos=True)
+    engine.scheduler.add(Request(request_id="a", prompt_token_ids=(1, 2), params=params, weight_version="old"))
+    engine.drain()
+    assert engine.tokens("a") == reference([1, 2], params, weights="old")
+
+
+def test_weights_share_no_prefix():
+    engine = Engine()
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    cached = []
+    for name, weights in enumerate(["old", "old", "new", "new", "old"]):
+        engine.scheduler.weight_version = weights
+        request = engine.add(str(name), prompt)
+        engine.drain()
+        engine.check(request)
+        cached.append(engine.outputs[str(name), 0][0].num_cached_tokens)
+    assert cached == [0, 8, 0, 8, 8]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_two_versions_in_the_smallest_cache(in_flight):
+    """Preemptions go across: who was admitted last gives way, whatever its weights."""
+    engine = Engine(num_blocks=10, block_size=2, in_flight=in_flight)
+    requests = []
+    for i in range(12):
+        engine.scheduler.weight_version = "ab"[i % 2]
+        requests.append(engine.add(str(i), [i % 5 + 1] * (i % 4 + 1), max_tokens=12))
+    engine.drain()
+    assert engine.scheduler.preemptions > 0
+    for request in requests:
+        engine.check(request)
+
+
 # --- everything at once
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random clients and random losses; what comes out must be what the model says without any scheduling."""
+    """Random clients, losses and changes of weights; the output must be what the model says without any scheduling."""
 
     @initialize(
         num_blocks=st.integers(6, 24),
@@ -909,6 +970,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def lose_ranks(self):
         self.engine.lose_ranks()
 
+    @rule(weights=st.sampled_from(["", "a", "b"]))
+    def change_weights(self, weights):
+        self.engine.scheduler.weight_version = weights
+
     @invariant()
     def books_agree(self):
         if hasattr(self, "engine"):
@@ -927,7 +992,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_sequence(self, request, index, outputs):
         key = (request.request_id, index)
         tokens = [output.token_id for output in outputs]
-        expected = reference(request.prompt_token_ids, request.params, index, self.max_len)
+        weights = self.engine.weights[request.request_id]
+        expected = reference(request.prompt_token_ids, request.params, index, self.max_len, weights)
         if key in self.aborted:
             assert len(tokens) == self.outputs_at_abort[key], "an aborted sequence put something out"
             assert tokens == expected[: len(tokens)]
@@ -943,7 +1009,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert given == []
         else:
             start = request.params.prompt_logprobs_start
-            assert given == [reference_prompt_logprobs(request.prompt_token_ids, start)]
+            weights = self.engine.weights[request.request_id]
+            assert given == [reference_prompt_logprobs(request.prompt_token_ids, start, weights)]
 
 
 SchedulerMachine.TestCase.settings = settings(
