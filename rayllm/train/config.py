@@ -127,15 +127,21 @@ class LayoutConfig:
     The data is split over `replicate` x `shard`. `replicate` groups hold the whole model each, and inside a group
     `shard` ranks hold a part of every weight: (n, 1) is DDP, (1, n) FSDP, and both above 1 HSDP. `tensor` ranks hold a
     slice of every matrix, `pipeline` stages some of the layers, by the plan that serving uses.
+
+    `min_replicate`: where there is no room for all groups, the run starts, or goes on after a failure, with as many as
+    there is room for, this many at least; 0: with all of them or not at all.
     """
 
     replicate: int = 1
+    min_replicate: int = 0
     shard: int = 1
     tensor: int = 1
     pipeline: int = 1
 
     def __post_init__(self) -> None:
         _positive(self, "layout", "replicate", "shard", "tensor", "pipeline")
+        if not 0 <= self.min_replicate <= self.replicate:
+            raise ConfigError(f"layout.min_replicate: {self.min_replicate} is not in 0 to replicate, {self.replicate}")
 
     @property
     def data(self) -> int:
@@ -278,6 +284,13 @@ class TrainConfig:
                 f"batch.tokens: {rows} rows of {self.batch.sequence_length} tokens do not divide into"
                 f" batch.rows {self.batch.rows} x {self.layout.data} ranks with data of their own"
             )
+
+    @property
+    def replicates(self) -> list[int]:
+        """How many groups the run may have: those numbers that divide the rows of a step among them."""
+        least = self.layout.min_replicate or self.layout.replicate
+        rows = self.batch.tokens // (self.batch.sequence_length * self.batch.rows * self.layout.shard)
+        return [number for number in range(least, self.layout.replicate + 1) if rows % number == 0]
 
     @property
     def micro_steps(self) -> int:

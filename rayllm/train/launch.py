@@ -1,9 +1,10 @@
 """A run on Ray Train: workers, a process group among them, and new ones where one is lost.
 
 The only file of training that knows Ray. Workers keep nothing that is not in the run's folder: when one dies, Ray Train
-ends the others and starts all of them again, and they go on from the last checkpoint.
+ends the others, and all of them are started again, as many as there is room for, and go on from the last checkpoint.
 """
 
+import itertools
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 _COLLECTIVE_TIMEOUT_S = 300  # a rank that says nothing for so long is taken for lost
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)  # as gloo and NCCL word it
 _POLL_S = 0.2
+_ROOM_S = 2.0  # between two looks at how much room there is
 
 
 def launch(
@@ -52,8 +55,43 @@ def launch(
     except SessionError as error:
         raise TrainingError(str(error)) from error
     with session, _watched(Path(config.run), on_progress):
-        _fit(config, recipe)
+        _run(config, recipe)
     sample_after(config)
+
+
+def _run(config: TrainConfig, recipe: str) -> None:
+    """Until it is over; again where it failed."""
+    for failures in itertools.count(1):
+        try:
+            _fit(_sized(config), recipe)
+        except TrainingError as error:
+            if failures > config.restarts:
+                raise
+            logger.warning("%s; going on from its last checkpoint (%d of %d)", error, failures, config.restarts)
+        else:
+            return
+
+
+def _sized(config: TrainConfig) -> TrainConfig:
+    """With as many groups as there is room for; waits for the least that may be."""
+    if not config.layout.min_replicate:
+        return config
+    waits = False
+    while (number := _largest(config)) is None:
+        if not waits:
+            logger.warning("%s: waiting for room for %d groups", config.run, config.replicates[0])
+        waits = True
+        time.sleep(_ROOM_S)
+    return replace(config, layout=replace(config.layout, replicate=number))
+
+
+def _largest(config: TrainConfig) -> int | None:
+    """How many groups the cluster has room for, of the numbers that may be."""
+    import ray
+
+    resources, layout = ray.cluster_resources(), config.layout
+    room = int(resources.get("GPU", 0) or resources.get("CPU", 0)) * layout.replicate // layout.world
+    return max((number for number in config.replicates if number <= room), default=None)
 
 
 def _fit(config: TrainConfig, recipe: str) -> None:
@@ -77,7 +115,10 @@ def _fit(config: TrainConfig, recipe: str) -> None:
         run_config=RunConfig(
             name=f"launch-{time.time_ns()}",  # Ray's own record of an earlier one is nothing to go on from
             storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=config.restarts),
+            # A lost node counts as room until Ray has missed it; then fewer groups are to start instead of all waiting.
+            failure_config=FailureConfig(
+                max_failures=0, controller_failure_limit=0 if config.layout.min_replicate else -1
+            ),
         ),
     )
     try:

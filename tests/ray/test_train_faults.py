@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from rayllm.core.errors import TrainingError
 from rayllm.train import launch as launch_module
+from rayllm.train.config import TrainConfig
 from rayllm.train.config_file import read_train_config
 from rayllm.train.data.rows import Kind
 from rayllm.train.launch import launch
@@ -116,6 +117,37 @@ def test_a_lost_node_costs_at_most_an_interval(file: Path, tmp_path: Path) -> No
     losses, expected = ([row.loss for row in read_metrics(tmp_path / run)] for run in ("run", "whole"))
     assert len(losses) == 60
     assert losses == expected
+
+
+def test_a_run_has_as_many_groups_as_there_is_room_for(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that may be three, until a node is lost; every sample is learnt from once. A lost node may be taken for room
+    until Ray has missed it."""
+    sizes: list[int] = []
+    real = launch_module._fit
+
+    def recorded(config: TrainConfig, recipe: str) -> None:
+        sizes.append(config.layout.replicate)
+        real(config, recipe)
+
+    monkeypatch.setattr(launch_module, "_fit", recorded)
+    settings = [f"batch.tokens={6 * LENGTH}", "layout.shard=1", "layout.replicate=3", "layout.min_replicate=1"]
+    with cluster_of(1, 1) as cluster:
+
+        def lose(progress: Progress) -> None:
+            if progress.step >= 25 and len(cluster.worker_nodes) == 2:
+                [node] = [node for node in cluster.worker_nodes if progress.pid in below(node)]
+                cluster.remove_node(node, allow_graceful=False)
+
+        launch(read_train_config(file, settings), "pretrain", on_progress=lose)
+    assert list(dict.fromkeys(sizes)) == [2, 1]
+    with Session.start(num_cpus=3):
+        whole = ["layout.replicate=1", "layout.min_replicate=0", f"run={tmp_path / 'whole'}"]
+        launch(read_train_config(file, [*settings, *whole]), "pretrain")
+    losses, expected = ([row.loss for row in read_metrics(tmp_path / run)] for run in ("run", "whole"))
+    assert len(losses) == 60
+    assert losses == pytest.approx(expected, abs=1e-5)
 
 
 def below(node: object) -> set[int]:

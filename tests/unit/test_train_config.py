@@ -53,6 +53,16 @@ def test_a_file_and_settings(file: Path) -> None:
     assert config.schedule.kind == "cosine"
 
 
+def test_groups_that_a_run_may_have(file: Path) -> None:
+    """Those that divide the 16 rows of a step, two of which a rank takes at a time."""
+    assert read_train_config(file, ["layout.replicate=4"]).replicates == [4]
+    assert read_train_config(file, ["layout.replicate=4", "layout.min_replicate=1"]).replicates == [1, 2, 4]
+    assert read_train_config(file, ["layout.replicate=4", "layout.shard=2", "layout.min_replicate=2"]).replicates == [
+        2,
+        4,
+    ]
+
+
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
@@ -62,6 +72,7 @@ def test_a_file_and_settings(file: Path) -> None:
         ("layout.shard", r"--set layout.shard: must be NAME=VALUE"),
         ("layout.shard=two", r"layout.shard: Expected `int`, got `str`"),
         ("layout.shard=0", r"layout.shard: 0 is not positive"),
+        ("layout.min_replicate=9", r"layout.min_replicate: 9 is not in 0 to replicate, 2"),
         ("layout.shard=3", r"16 rows of 64 tokens do not divide into batch.rows 2 x 6 ranks"),
         ("batch.tokens=1000", r"batch.tokens: 1000 is not a multiple of batch.sequence_length 64"),
         ("schedule.kind=linear", r"schedule.kind: Invalid enum value 'linear'"),
