@@ -174,6 +174,9 @@ class AsyncEngine:
         await asyncio.wrap_future(done)
         return weights.version
 
+    def holds_weights(self, version: str) -> bool:
+        return any(each.version == version for each in self._engine.weights.all)
+
     def use_weights(self, version: str) -> None:
         """New requests get them; those that are live keep theirs. Raises PromotionError unless they are held."""
         self._engine.weights.use(version)

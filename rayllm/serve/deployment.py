@@ -12,7 +12,6 @@ from ray import serve
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import build_engine, prepare
 from rayllm.engine.ray_executor import start_ray
-from rayllm.models.weight_version import weight_version
 from rayllm.serve.autoscaling import LOAD, TTFT, replica_load
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
@@ -73,12 +72,10 @@ def _serve_drains_this_replica() -> bool:
 
 def _start(config: ServeConfig) -> tuple[AsyncEngine, InferenceService]:
     prepared = prepare(config.engine)
-    version = weight_version(prepared.checkpoint.directory)
     engine = AsyncEngine(build_engine(prepared, start_ray))
     service = InferenceService(
         engine,
         model=config.served_model,
-        weight_version=version,
         max_request_s=config.max_request_s,
         replica=serve.get_replica_context().replica_id.unique_id,
     )

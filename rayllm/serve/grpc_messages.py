@@ -91,10 +91,10 @@ def chat(message: pb.Chat) -> Chat:
     return Chat(tuple({"role": each.role, "content": each.content} for each in message.messages))
 
 
-def chunk(generation: Generation, delta: OutputDelta, weight_version: str) -> pb.GenerateChunk:
+def chunk(generation: Generation, delta: OutputDelta) -> pb.GenerateChunk:
     message = pb.GenerateChunk(
         request_id=generation.request_id,
-        weight_version=weight_version,
+        weight_version=generation.weight_version,
         index=delta.index,
         text=delta.text,
         token_ids=delta.token_ids,
@@ -111,12 +111,11 @@ def chunk(generation: Generation, delta: OutputDelta, weight_version: str) -> pb
 class ResponseBuilder:
     """The whole answer to a unary call, delta by delta."""
 
-    def __init__(self, generation: Generation, weight_version: str) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._generation = generation
         self._message = pb.GenerateResponse(
             request_id=generation.request_id,
             model=generation.call.model,
-            weight_version=weight_version,
             outputs=[pb.Completion(index=index) for index in range(generation.call.params.n)],
         )
 
@@ -132,6 +131,7 @@ class ResponseBuilder:
         _set_stop_reason(output, delta.stop_reason)
 
     def build(self) -> pb.GenerateResponse:
+        self._message.weight_version = self._generation.weight_version
         self._message.usage.CopyFrom(usage(self._generation.usage))
         return self._message
 

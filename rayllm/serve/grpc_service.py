@@ -63,7 +63,7 @@ class InferenceServicer:
             if call.resume is not None:
                 raise InvalidRequestError("resume", "is for GenerateStream")
             generation = await self._service.prepare(call)
-            builder = grpc_messages.ResponseBuilder(generation, self._service.weight_version)
+            builder = grpc_messages.ResponseBuilder(generation)
             async with aclosing(self._service.run(generation)) as deltas:
                 async for _, delta in deltas:
                     builder.take(delta)
@@ -172,7 +172,7 @@ class InferenceServicer:
         unfinished = len(generation.requests[0].started)
         async with aclosing(self._service.run(generation)) as deltas:
             async for _, delta in deltas:
-                chunk = grpc_messages.chunk(generation, delta, self._service.weight_version)
+                chunk = grpc_messages.chunk(generation, delta)
                 if delta.finish_reason is not None:
                     unfinished -= 1
                     if not unfinished:

@@ -95,7 +95,6 @@ class _HttpFace:
             writer = ResponseWriter(
                 generation,
                 completion_layout(self._service.tokenizer, options),
-                fingerprint=self._service.weight_version,
                 include_usage=wire.include_usage,
                 every_token=options.logprobs or options.token_ids,
                 echo=self._prompt_texts(generation) if wire.echo else None,
@@ -116,7 +115,6 @@ class _HttpFace:
             writer = ResponseWriter(
                 generation,
                 chat_layout(self._service.tokenizer, options),
-                fingerprint=self._service.weight_version,
                 include_usage=wire.include_usage,
                 every_token=options.logprobs or options.token_ids,
             )
@@ -183,9 +181,11 @@ class _HttpFace:
                 if not stream:
                     async for prompt, delta in deltas:
                         writer.take(prompt, delta)
+                    reply.weight_version = generation.weight_version
                     await reply.send_json(writer.response())
                     return
                 async for prompt, delta in deltas:
+                    reply.weight_version = generation.weight_version
                     if (chunk := writer.chunk(prompt, delta)) is not None:
                         await reply.send_event(chunk)
             await reply.send_event(writer.end(), last=True)
@@ -193,7 +193,7 @@ class _HttpFace:
         await reply.while_connected(work())
 
     def _reply(self, work: Callable[["_Reply"], Awaitable[None]], headers: Mapping[str, str] | None = None) -> "_Reply":
-        return _Reply(work, headers={"x-weight-version": self._service.weight_version, **(headers or {})})
+        return _Reply(work, weight_version=self._service.weight_version, headers=headers or {})
 
     def _json(self, value: Any) -> Response:
         async def work(reply: _Reply) -> None:
@@ -222,10 +222,15 @@ class _HttpFace:
 
 class _Reply(Response):
     """Runs `work` once the server is ready for the answer, and turns what it raises into an error for the client:
-    a status and OpenAI's error object, or an event of the stream if that has begun."""
+    a status and OpenAI's error object, or an event of the stream if that has begun.
 
-    def __init__(self, work: Callable[["_Reply"], Awaitable[None]], headers: dict[str, str]) -> None:
+    `weight_version`: what is said in the header; an answer's own, once it is known."""
+
+    def __init__(
+        self, work: Callable[["_Reply"], Awaitable[None]], *, weight_version: str, headers: Mapping[str, str]
+    ) -> None:
         super().__init__()
+        self.weight_version = weight_version
         self._work = work
         self._extra_headers = headers
         self._streaming = False
@@ -288,7 +293,8 @@ class _Reply(Response):
         await self._send({"type": "http.response.body", "body": body})
 
     def _start(self, status: int, headers: dict[str, str]) -> Message:
-        pairs = [(name.encode(), value.encode()) for name, value in (headers | self._extra_headers).items()]
+        headers = {**headers, "x-weight-version": self.weight_version, **self._extra_headers}
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         return {"type": "http.response.start", "status": status, "headers": pairs}
 
 

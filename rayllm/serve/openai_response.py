@@ -5,6 +5,7 @@ One small encode for each streamed piece: what all the pieces of a response have
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -75,7 +76,6 @@ class ResponseWriter:
         generation: Generation,
         layout: Layout,
         *,
-        fingerprint: str,
         include_usage: bool,
         every_token: bool,
         echo: Sequence[str] | None = None,
@@ -96,16 +96,21 @@ class ResponseWriter:
             for prompt, request in enumerate(generation.requests)
             for i in range(self._n)
         ]
-        self._common = {
-            "id": generation.request_id,
-            "created": generation.created,
-            "model": generation.call.model,
-            "system_fingerprint": fingerprint,
-        }
-        head = b"data: " + _encode(self._common | {"object": layout.chunk_object_name})[:-1] + b',"choices":['
-        self._chunk_head = head
         self._chunk_tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        self._usage_head = head + b'],"usage":'
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        """Once the answer has begun: before, it is not known by which weights."""
+        return {
+            "id": self._generation.request_id,
+            "created": self._generation.created,
+            "model": self._generation.call.model,
+            "system_fingerprint": self._generation.weight_version,
+        }
+
+    @cached_property
+    def _chunk_head(self) -> bytes:
+        return b"data: " + _encode(self._common | {"object": self._layout.chunk_object_name})[:-1] + b',"choices":['
 
     def take(self, prompt: int, delta: OutputDelta) -> Choice:
         choice = self._choices[prompt * self._n + delta.index]
@@ -125,7 +130,7 @@ class ResponseWriter:
         """The last events of a stream."""
         if not self._include_usage:
             return DONE
-        return self._usage_head + _encode(self._usage()) + b"}\n\n" + DONE
+        return self._chunk_head + b'],"usage":' + _encode(self._usage()) + b"}\n\n" + DONE
 
     def response(self) -> bytes:
         choices = [self._layout.whole(choice) for choice in self._choices]

@@ -10,12 +10,11 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Protocol
 
 from rayllm.core.errors import (
-    EngineUnavailableError,
     InvalidRequestError,
     ModelNotFoundError,
     RayLLMError,
@@ -48,6 +47,9 @@ class Engine(Protocol):
     def abort(self, request_id: str, message: str | None = None) -> bool: ...
     def stats(self) -> EngineStats: ...
     def check_health(self) -> None: ...
+
+    @property
+    def weight_version(self) -> str: ...
 
 
 def new_request_id(prefix: str) -> str:
@@ -92,13 +94,15 @@ class Usage:
 
 @dataclass(kw_only=True, slots=True)
 class Generation:
-    """A call that was found valid. `usage` is complete once the deltas are."""
+    """A call that was found valid. `usage` is complete once the deltas are; `weight_version`, the weights that answer,
+    is known once they begin."""
 
     call: GenerateCall
     created: int  # seconds since 1970
     arrival: float  # monotonic seconds
     requests: tuple[Request, ...]  # one for each prompt
     usage: Usage = field(default_factory=Usage)
+    weight_version: str = ""
 
     @property
     def request_id(self) -> str:
@@ -111,7 +115,7 @@ class Generation:
 
 
 class InferenceService:
-    """`model` is the name clients use; `weight_version` says which weights answer. `max_request_s` bounds how long any
+    """`model` is the name clients use. `max_request_s` bounds how long any
     request may take: the last resort against one whose client is gone without the server hearing of it. `replica` tells
     this replica from others in the metrics."""
 
@@ -120,22 +124,25 @@ class InferenceService:
         engine: Engine,
         *,
         model: str,
-        weight_version: str,
         max_request_s: float,
         replica: str | None = None,
     ) -> None:
         self.model = model
-        self.weight_version = weight_version
         self.started = int(time.time())
         self.tokenizer = engine.tokenizer
         self.limits = engine.limits
         self.prompts = PromptEncoder(engine.tokenizer, engine.limits)
-        self.metrics = Metrics(engine.stats, lambda: self.weight_version, replica=replica)
+        self.metrics = Metrics(engine.stats, lambda: engine.weight_version, replica=replica)
         self.recent_ttft = RecentTtft()
         self._engine = engine
         self._max_request_s = max_request_s
         self._live: dict[str, Generation] = {}
         self._serial = count()
+
+    @property
+    def weight_version(self) -> str:
+        """The weights that answer a new request."""
+        return self._engine.weight_version
 
     def check_model(self, model: str) -> None:
         if model != self.model:
@@ -153,7 +160,6 @@ class InferenceService:
         arrival = time.monotonic()
         try:
             self.check_model(call.model)
-            self._check_weights(call.resume)
             if not _REQUEST_ID.fullmatch(call.request_id):
                 raise InvalidRequestError("request_id", "must be 1 to 128 letters, digits or ._:@/-")
             deadline = arrival + self._timeout_s(call.timeout_ms)
@@ -181,13 +187,16 @@ class InferenceService:
     async def run(self, generation: Generation) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """(prompt index, delta) as they come. Closing it aborts what is left; the blocks are free at once.
 
-        Raises RequestExistsError if the id is live, unless this is a later attempt of it, which ends the earlier one.
+        Raises RequestExistsError if the id is live, unless this is a later attempt of it, which ends the earlier one;
+        EngineUnavailableError if it is to be gone on with by weights that are not here.
         """
         self._take_id(generation)
+        resume = generation.call.resume
+        generation.weight_version = self.weight_version if resume is None else resume.weight_version
         self.recent_ttft.arrived(generation.engine_id, generation.arrival)
         outcome = "cancelled"
         try:
-            with generation_span(generation, self.weight_version) as span:
+            with generation_span(generation) as span:
                 async with aclosing(self._observed(generation, span)) as deltas:
                     async for item in deltas:
                         yield item
@@ -224,12 +233,6 @@ class InferenceService:
             self._abort(live, f"attempt {attempt} of request {request_id} took the place of this one")
         self._live[request_id] = generation
 
-    def _check_weights(self, resume: Resumption | None) -> None:
-        if resume is not None and resume.weight_version != self.weight_version:
-            raise EngineUnavailableError(
-                f"the answer was begun by the weights {resume.weight_version[:64]!r}; here are {self.weight_version!r}"
-            )
-
     async def _observed(self, generation: Generation, span: Span) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         usage = generation.usage
         usage.prompt_tokens = sum(len(request.prompt_token_ids) for request in generation.requests)
@@ -237,7 +240,8 @@ class InferenceService:
         face, metrics = generation.call.face, self.metrics
         last: dict[tuple[int, int], float] = {}
         cached: dict[int, int] = {}
-        async with aclosing(_merge([self._engine.generate(request) for request in generation.requests])) as deltas:
+        requests = [replace(each, weight_version=generation.weight_version) for each in generation.requests]
+        async with aclosing(_merge([self._engine.generate(request) for request in requests])) as deltas:
             async for prompt_index, delta in deltas:
                 now = time.monotonic()
                 key = (prompt_index, delta.index)

@@ -22,7 +22,7 @@ _tracer = trace.get_tracer("rayllm")
 
 
 @contextmanager
-def generation_span(generation: "Generation", weight_version: str) -> Iterator[Span]:
+def generation_span(generation: "Generation") -> Iterator[Span]:
     """Not the current span: it lives through an asynchronous generator, whose steps may run in different contexts."""
     call, usage = generation.call, generation.usage
     span = _tracer.start_span("generate", attributes={"gen_ai.operation.name": "text_completion"})
@@ -43,7 +43,7 @@ def generation_span(generation: "Generation", weight_version: str) -> Iterator[S
                     "rayllm.cached_tokens": usage.cached_tokens,
                     "rayllm.face": call.face,
                     "rayllm.request_id": call.request_id,
-                    "rayllm.weight_version": weight_version,
+                    "rayllm.weight_version": generation.weight_version,
                 }
             )
         span.end()

@@ -35,7 +35,7 @@ async def server(tiny_model: Path) -> AsyncIterator[Server]:
         cache=CacheConfig(num_blocks=1000, block_size=BLOCK_SIZE),
         scheduler=SchedulerConfig(max_num_seqs=64, max_waiting_requests=NUM_STREAMS),
     )
-    async for each in start(AsyncEngine.start(config)):
+    async for each in start(AsyncEngine.start(config), tiny_model):
         yield each
 
 

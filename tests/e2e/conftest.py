@@ -21,6 +21,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from rayllm.engine.async_engine import AsyncEngine
+from rayllm.models.weight_version import weight_version
 from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.proto.v1.inference_pb2_grpc import InferenceStub
 from rayllm.serve.grpc_service import InferenceServicer, add_health_to_server, add_inference_to_server
@@ -28,12 +29,12 @@ from rayllm.serve.openai_api import MAX_BODY_BYTES, build_http_app
 from rayllm.serve.service import InferenceService
 
 MODEL = "tiny"
-WEIGHTS = "w-0123456789abcdef"
 
 
 @dataclass
 class Server:
     engine: AsyncEngine
+    weights: str  # what answers are to say of them
     service: InferenceService
     url: str
     http: httpx.AsyncClient
@@ -96,8 +97,9 @@ def as_serve_does(servicer: InferenceServicer) -> object:
     return Adapter()
 
 
-async def start(engine: AsyncEngine) -> AsyncIterator[Server]:
-    service = InferenceService(engine, model=MODEL, weight_version=WEIGHTS, max_request_s=60.0)
+async def start(engine: AsyncEngine, model: Path) -> AsyncIterator[Server]:
+    """`model`: what the engine has loaded."""
+    service = InferenceService(engine, model=MODEL, max_request_s=60.0)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(build_http_app(service), log_level="critical", lifespan="off")
@@ -117,7 +119,7 @@ async def start(engine: AsyncEngine) -> AsyncIterator[Server]:
             httpx.AsyncClient(base_url=url, timeout=30) as http,
             grpc.aio.insecure_channel(grpc_address) as channel,
         ):
-            server = Server(engine, service, url, http, channel, grpc_address)
+            server = Server(engine, weight_version(model), service, url, http, channel, grpc_address)
             yield server
             await server.settled()
         await grpc_server.stop(None)
@@ -130,7 +132,7 @@ async def start(engine: AsyncEngine) -> AsyncIterator[Server]:
 async def server(tiny_model: Path) -> AsyncIterator[Server]:
     """Shared by a file's tests; each of them leaves it with all its blocks free."""
     config = EngineConfig(model=ModelConfig(model=str(tiny_model)), cache=CacheConfig(num_blocks=100))
-    async for each in start(AsyncEngine.start(config)):
+    async for each in start(AsyncEngine.start(config), tiny_model):
         yield each
 
 
@@ -142,5 +144,5 @@ async def narrow_server(tiny_model: Path) -> AsyncIterator[Server]:
         cache=CacheConfig(num_blocks=100),
         scheduler=SchedulerConfig(max_num_seqs=1, max_waiting_requests=1),
     )
-    async for each in start(AsyncEngine.start(config)):
+    async for each in start(AsyncEngine.start(config), tiny_model):
         yield each

@@ -11,7 +11,6 @@ from rayllm.core.errors import EngineUnavailableError
 from rayllm.proto.v1 import inference_pb2 as pb
 
 MODEL = "tiny"
-WEIGHTS = "w-0123456789abcdef"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -44,7 +43,7 @@ async def test_equals_http_token_for_token(server, sampling):
     assert reasons == [c["finish_reason"] for c in over_http["choices"]]
     assert over_grpc.usage.prompt_tokens == over_http["usage"]["prompt_tokens"]
     assert over_grpc.usage.completion_tokens == over_http["usage"]["completion_tokens"]
-    assert over_grpc.weight_version == over_http["system_fingerprint"] == WEIGHTS
+    assert over_grpc.weight_version == over_http["system_fingerprint"] == server.weights
     if "logprobs" in sampling:
         mine, theirs = over_grpc.outputs[0].logprobs, over_http["choices"][0]["logprobs"]
         assert [p.logprob for p in mine] == pytest.approx(theirs["token_logprobs"], abs=1e-5)
@@ -61,7 +60,7 @@ async def test_stream_equals_the_whole_answer(server, sampling):
     chunks = [chunk async for chunk in server.grpc.GenerateStream(request(sampling, text=TEXT, request_id="mine"))]
     for chunk in chunks:
         assert chunk.request_id == "mine"
-        assert chunk.weight_version == WEIGHTS
+        assert chunk.weight_version == server.weights
         output = rebuilt[chunk.index]
         output.text += chunk.text
         output.token_ids.extend(chunk.token_ids)
@@ -110,7 +109,7 @@ async def test_tokenize_detokenize_model_info_and_load(server):
     text = await server.grpc.Detokenize(pb.DetokenizeRequest(model=MODEL, token_ids=tokens.token_ids))
     assert text.text == TEXT
     info = await server.grpc.ModelInfo(pb.ModelInfoRequest())
-    assert (info.model, info.weight_version, info.max_model_len) == (MODEL, WEIGHTS, 512)
+    assert (info.model, info.weight_version, info.max_model_len) == (MODEL, server.weights, 512)
     assert set(info.eos_token_ids) == server.engine.tokenizer.eos_token_ids
     assert info.HasField("bos_token_id") == (server.engine.tokenizer.bos_token_id is not None)
     assert info.eos_token_id == server.engine.tokenizer.eos_token_id

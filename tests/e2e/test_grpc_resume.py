@@ -21,7 +21,7 @@ from rayllm.core.errors import CapacityError, EngineUnavailableError, InvalidReq
 from rayllm.core.types import FinishReason, SamplingParams
 from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.serve.grpc_service import InferenceServicer, add_inference_to_server
-from tests.e2e.conftest import MODEL, WEIGHTS, Server, as_serve_does
+from tests.e2e.conftest import MODEL, Server, as_serve_does
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -62,11 +62,11 @@ class Answer:
         self.prompt_logprobs.extend(chunk.prompt_logprobs)
         self.usage = chunk.usage if chunk.HasField("usage") else None
 
-    def resumption(self) -> pb.Resumption:
+    def resumption(self, weights: str) -> pb.Resumption:
         sequences = [
             pb.ResumedSequence(token_ids=each.token_ids, finished=each.finish_reason != 0) for each in self.sequences
         ]
-        return pb.Resumption(weight_version=WEIGHTS, sequences=sequences)
+        return pb.Resumption(weight_version=weights, sequences=sequences)
 
     def assert_equals(self, other: "Answer") -> None:
         for mine, theirs in zip(self.sequences, other.sequences, strict=True):
@@ -129,7 +129,7 @@ async def test_every_seam(server: Server, name: str) -> None:
         answer = Answer(params.n)
         for chunk in chunks[:seam]:
             answer.take(chunk)
-        message = request(params, resume=answer.resumption(), attempt=1)
+        message = request(params, resume=answer.resumption(server.weights), attempt=1)
         if answer.sequences[0].token_ids:
             message.sampling.ClearField("prompt_logprobs")
             message.sampling.ClearField("prompt_logprobs_start")
@@ -144,7 +144,7 @@ async def test_a_resumption_that_cannot_be_is_refused_by_name(server: Server) ->
     await stream(server, request(params), whole)
     tokens = list(whole.sequences[0].token_ids)
 
-    def resume(*sequences: list[int], weights: str = WEIGHTS, finished: bool = False) -> pb.Resumption:
+    def resume(*sequences: list[int], weights: str = server.weights, finished: bool = False) -> pb.Resumption:
         held = [pb.ResumedSequence(token_ids=each, finished=finished) for each in sequences]
         return pb.Resumption(weight_version=weights, sequences=held)
 
@@ -189,7 +189,9 @@ async def test_a_later_attempt_takes_the_place_of_an_earlier_one(server: Server)
             refused = await refusal(server, request(params, request_id="mine", attempt=attempt))
             assert refused.code() is grpc.StatusCode.ALREADY_EXISTS
             assert dict(refused.trailing_metadata())["error-code"] == "request_exists"
-        await stream(server, request(params, request_id="mine", attempt=3, resume=answer.resumption()), answer)
+        await stream(
+            server, request(params, request_id="mine", attempt=3, resume=answer.resumption(server.weights)), answer
+        )
         answer.assert_equals(expected)
         with pytest.raises(grpc.RpcError) as ended:
             async for _ in first:

@@ -45,7 +45,7 @@ async def sharded_server(model: Path) -> AsyncIterator[Server]:
         cache=CacheConfig(num_blocks=100),
     )
     engine = await asyncio.to_thread(AsyncEngine.start, config, start_ray)
-    async for server in start(engine):
+    async for server in start(engine, model):
         yield server
 
 

@@ -15,7 +15,6 @@ from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
 
 MODEL = "tiny"
-WEIGHTS = "w-0123456789abcdef"
 GREEDY = {"temperature": 0.0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "서울은 어디에 있나요? 🙂"}]
 
@@ -49,7 +48,7 @@ async def test_completion_equals_the_offline_engine(server, llm):
     assert choice.finish_reason == "length"
     assert response.usage.prompt_tokens == len(expected.prompt_token_ids)
     assert response.usage.completion_tokens == 24
-    assert response.system_fingerprint == WEIGHTS
+    assert response.system_fingerprint == server.weights
     assert response.object == "text_completion"
 
 
@@ -79,7 +78,7 @@ async def test_streamed_completion_equals_the_whole_one(server):
     usage = None
     stream = await server.openai.completions.create(**options, stream=True, stream_options={"include_usage": True})
     async for chunk in stream:
-        assert chunk.system_fingerprint == WEIGHTS
+        assert chunk.system_fingerprint == server.weights
         if chunk.usage is not None:
             usage = chunk.usage
             assert chunk.choices == []
@@ -188,7 +187,7 @@ async def test_the_stream_on_the_wire(server):
     }
     response = await server.http.post("/v1/completions", json=body)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert response.headers["x-weight-version"] == WEIGHTS
+    assert response.headers["x-weight-version"] == server.weights
     events = response.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
@@ -241,6 +240,6 @@ async def test_a_generation_is_a_span(server, monkeypatch):
     answer = await server.openai.completions.create(model=MODEL, prompt="traced", max_tokens=5)
     (span,) = exporter.get_finished_spans()
     assert span.attributes["gen_ai.usage.output_tokens"] == answer.usage.completion_tokens
-    assert span.attributes["rayllm.weight_version"] == WEIGHTS
+    assert span.attributes["rayllm.weight_version"] == server.weights
     assert [event.name for event in span.events] == ["first_token"]
     assert "traced" not in str(span.attributes), "no prompts in traces"
