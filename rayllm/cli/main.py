@@ -18,7 +18,9 @@ from rayllm.cli import (
     models,
     parity,
     plan,
+    promote,
     quantize,
+    rollback,
     serve,
     train,
     train_report,
@@ -38,6 +40,8 @@ app = typer.Typer(
     epilog="Start here: `rayllm serve smollm2-135m`",
 )
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("promote", epilog=promote.EXAMPLES)(promote.promote)
+app.command("rollback", epilog=rollback.EXAMPLES)(rollback.rollback)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.add_typer(models.app, name="models")

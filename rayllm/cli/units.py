@@ -25,6 +25,15 @@ def parse_count(text: str) -> int:
     return _parse(text, _COUNTS, "a count such as 175e9, 7B or 135M")
 
 
+def parse_share(text: str) -> float:
+    """`10%` is 0.1."""
+    match = _NUMBER.fullmatch(text.removesuffix("%"))
+    share = float(match[1]) / 100 if match and not match[2] and text.endswith("%") else math.nan
+    if not 0 < share <= 1:
+        raise typer.BadParameter(f"{text!r} is not a share such as 10%")
+    return share
+
+
 def format_bytes(num_bytes: float) -> str:
     """In decimal units, as GPU vendors count: `350 GB`, `23.04 kB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

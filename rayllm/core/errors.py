@@ -54,6 +54,12 @@ class ModelNotFoundError(RayLLMError):
     code = "model_not_found"
 
 
+class PermissionDeniedError(RayLLMError):
+    """The call is for operators, and does not carry their key."""
+
+    code = "permission_denied"
+
+
 class CapacityError(RayLLMError):
     """The queue is full; `retry_after_s` is when trying again makes sense."""
 

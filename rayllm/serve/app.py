@@ -1,5 +1,6 @@
 """The Serve application: one deployment that is the HTTP ingress and the gRPC servicer at once."""
 
+import uuid
 from typing import Any
 
 from ray import serve
@@ -25,7 +26,10 @@ _LOOK_BACK_S = 11.0
 
 
 def build_app(config: ServeConfig) -> serve.Application:
-    """Ray must be connected: where the shards go depends on what the cluster has."""
+    """Ray must be connected: where the shards go depends on what the cluster has.
+
+    Each call makes an endpoint with a name of its own, whose weights are the configuration's until they are changed.
+    """
     scheduler = config.engine.scheduler
     placement = replica_placement(config.engine)
     deployment = serve.deployment(
@@ -45,7 +49,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         health_check_timeout_s=30.0,
         max_constructor_retry_count=1,
     )
-    return deployment.bind(config)
+    return deployment.bind(config, uuid.uuid4().hex)
 
 
 def from_settings(settings: dict[str, Any]) -> serve.Application:

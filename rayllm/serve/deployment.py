@@ -3,21 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final
 
 import ray
 from fastapi import FastAPI
 from ray import serve
 
+from rayllm.core.errors import CheckpointError
 from rayllm.engine.async_engine import AsyncEngine
-from rayllm.engine.build import build_engine, prepare
+from rayllm.engine.build import Prepared, build_engine, prepare
 from rayllm.engine.ray_executor import start_ray
+from rayllm.serve.admin_api import AdminFace
 from rayllm.serve.autoscaling import LOAD, TTFT, replica_load
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
 from rayllm.serve.openai_api import build_http_app
+from rayllm.serve.promoter import Promoter
 from rayllm.serve.ray_metrics import RaySink
 from rayllm.serve.service import InferenceService
+from rayllm.serve.weight_keeper import WeightKeeper
+from rayllm.serve.weight_store import WeightStore
 
 _PUBLISH_S: Final = 1.0  # Ray's agent reads every few seconds
 
@@ -25,14 +31,23 @@ _PUBLISH_S: Final = 1.0  # Ray's agent reads every few seconds
 class InferenceReplica(InferenceServicer):
     """Serve calls the gRPC methods by name, asks for the HTTP app once, and checks health."""
 
-    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: ServeConfig, endpoint: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        """`endpoint`: the same for all replicas of one deployment of the application, and for no others."""
+        context = serve.get_replica_context()
+        replica, store = context.replica_id.unique_id, WeightStore(endpoint, context)
         self._config = config
-        self._engine, service = await asyncio.to_thread(_start, config)
+        prepared = await asyncio.to_thread(_prepare, config, store)
+        self._engine = await asyncio.to_thread(lambda: AsyncEngine(build_engine(prepared, start_ray)))
+        service = InferenceService(
+            self._engine, model=config.served_model, max_request_s=config.max_request_s, replica=replica
+        )
         service.metrics.export_to(RaySink())
         super().__init__(service)
+        self._keeper = WeightKeeper(self._engine, store, replica)
+        self._admin = AdminFace(service, Promoter(prepared, store))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_app(self._service, lifespan=self._lifespan)
+        return build_http_app(self._service, self._lifespan, self._admin)
 
     @property
     def is_draining(self) -> bool:
@@ -52,9 +67,10 @@ class InferenceReplica(InferenceServicer):
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Serve ends the app's lifespan once the running requests are answered, or their time is up."""
-        publishing = asyncio.create_task(self._publish())
+        tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self._keeper.run())]
         yield
-        publishing.cancel()
+        for task in tasks:
+            task.cancel()
         await self._engine.close()
 
     async def _publish(self) -> None:
@@ -70,13 +86,13 @@ def _serve_drains_this_replica() -> bool:
     return any(actor._replica_impl._shutting_down for actor in actors if hasattr(actor, "_replica_impl"))
 
 
-def _start(config: ServeConfig) -> tuple[AsyncEngine, InferenceService]:
-    prepared = prepare(config.engine)
-    engine = AsyncEngine(build_engine(prepared, start_ray))
-    service = InferenceService(
-        engine,
-        model=config.served_model,
-        max_request_s=config.max_request_s,
-        replica=serve.get_replica_context().replica_id.unique_id,
-    )
-    return engine, service
+def _prepare(config: ServeConfig, store: WeightStore) -> Prepared:
+    """With the weights that the endpoint has come to, if they were changed."""
+    record = store.read()
+    if record is None:
+        return prepare(config.engine)
+    model = replace(config.engine.model, model=record.current.directory)
+    prepared = prepare(replace(config.engine, model=model))
+    if prepared.weights.version != record.current.version:
+        raise CheckpointError(record.current.directory, f"holds other weights than {record.current.version}, as it did")
+    return prepared

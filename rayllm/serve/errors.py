@@ -19,6 +19,8 @@ from rayllm.core.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     ModelOutputError,
+    PermissionDeniedError,
+    PromotionError,
     RayLLMError,
     RequestAbortedError,
     RequestExistsError,
@@ -57,10 +59,12 @@ class _Status:
 _INTERNAL = _Status(500, grpc.StatusCode.INTERNAL, "server_error")
 _TABLE: dict[type[RayLLMError], _Status] = {
     InvalidRequestError: _Status(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
+    PermissionDeniedError: _Status(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
     ModelNotFoundError: _Status(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     RouteError: _Status(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error"),
     MethodError: _Status(405, grpc.StatusCode.UNIMPLEMENTED, "invalid_request_error"),
     RequestExistsError: _Status(409, grpc.StatusCode.ALREADY_EXISTS, "invalid_request_error"),
+    PromotionError: _Status(409, grpc.StatusCode.FAILED_PRECONDITION, "promotion_error"),
     PayloadTooLargeError: _Status(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid_request_error"),
     CapacityError: _Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
     RequestAbortedError: _Status(499, grpc.StatusCode.CANCELLED, "aborted"),

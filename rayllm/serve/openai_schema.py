@@ -56,16 +56,16 @@ _UNION = {
 }
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class _Sampling(_Wire):
+class _Sampling(Wire):
     """Shared by both routes. The second half are the engine's own parameters, beyond OpenAI's."""
 
     model: str
@@ -176,12 +176,12 @@ class CompletionRequest(_Sampling):
         )
 
 
-class TextPart(_Wire):
+class TextPart(Wire):
     type: Literal["text"]
     text: str
 
 
-class Message(_Wire):
+class Message(Wire):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     refusal: None = None
@@ -231,7 +231,7 @@ class ChatCompletionRequest(_Sampling):
         )
 
 
-class TokenizeRequest(_Wire):
+class TokenizeRequest(Wire):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -244,7 +244,7 @@ class TokenizeRequest(_Wire):
         return self
 
 
-class DetokenizeRequest(_Wire):
+class DetokenizeRequest(Wire):
     model: str | None = None
     tokens: list[int]
 

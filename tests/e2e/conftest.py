@@ -25,7 +25,8 @@ from rayllm.models.weight_version import weight_version
 from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.proto.v1.inference_pb2_grpc import InferenceStub
 from rayllm.serve.grpc_service import InferenceServicer, add_health_to_server, add_inference_to_server
-from rayllm.serve.openai_api import MAX_BODY_BYTES, build_http_app
+from rayllm.serve.http_reply import MAX_BODY_BYTES
+from rayllm.serve.openai_api import build_http_app
 from rayllm.serve.service import InferenceService
 
 MODEL = "tiny"

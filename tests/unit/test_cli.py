@@ -40,6 +40,8 @@ FROZEN = {
         f"model {ENGINE} --config --model-name --http-port --grpc-port --replicas --min-replicas --max-replicas"
         " --shard-recovery-timeout --drain-timeout --json"
     ),
+    "promote": "checkpoint --url --canary --gate --json",
+    "rollback": "--url --json",
     "generate": f"model {ENGINE} {SAMPLING} {GENERATE} --prompt -p --chat --json",
     "chat": f"model {ENGINE} {SAMPLING} --url --system --json",
     "data": "",
@@ -243,6 +245,9 @@ def test_generate_prints_text_and_applies_the_chat_template(rayllm, tiny_model: 
         (["models", "show", "/no/such/model"], "/no/such/model: is not a directory here"),
         (["chat", "--url", "ftp://localhost"], "--url: 'ftp://localhost' begins with none of"),
         (["chat", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1: "),
+        (["promote", "x", "--url", "127.0.0.1:1"], "--url: '127.0.0.1:1' is no http:// or https:// address"),
+        (["rollback", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1: set RAYLLM_ADMIN_KEY to the key"),
+        (["promote", "x", "--gate", "/no/such/file"], "--gate: /no/such/file cannot be read as text"),
         (["bench", "serve", "--url", "grpc://127.0.0.1:1", "--requests", "1"], "every request failed: "),
         (["serve", "--config", "/no/such/file"], "/no/such/file: No such file or directory"),
         (["serve"], "no model: name one"),
@@ -274,6 +279,9 @@ def test_an_error_is_one_line_on_stderr(rayllm, tiny_model: Path, arguments, pro
         ["plan", "--params", "many"],
         ["plan", "--params", "7B", "--gpu-memory", "80 GiraffeBytes"],
         ["chat"],
+        ["promote"],
+        ["promote", "x", "--canary", "0.1"],
+        ["promote", "x", "--canary", "110%"],
         ["bench", "serve"],
         ["eval", "x"],
         ["eval", "x", "--tasks", "piqa", "--limit", "0"],

@@ -11,10 +11,12 @@ from rayllm.serve.errors import MethodError, PayloadTooLargeError, RouteError, f
 
 TABLE = [
     (errors.InvalidRequestError("top_p", "is odd"), 400, "INVALID_ARGUMENT", "invalid_request"),
+    (errors.PermissionDeniedError("no key"), 403, "PERMISSION_DENIED", "permission_denied"),
     (errors.ModelNotFoundError("no such model"), 404, "NOT_FOUND", "model_not_found"),
     (RouteError("not here"), 404, "NOT_FOUND", "not_found"),
     (MethodError("not so"), 405, "UNIMPLEMENTED", "method_not_allowed"),
     (errors.RequestExistsError("in use"), 409, "ALREADY_EXISTS", "request_exists"),
+    (errors.PromotionError("no good"), 409, "FAILED_PRECONDITION", "promotion_failed"),
     (PayloadTooLargeError("too much"), 413, "RESOURCE_EXHAUSTED", "payload_too_large"),
     (errors.CapacityError("full", retry_after_s=0.2), 429, "RESOURCE_EXHAUSTED", "over_capacity"),
     (errors.RequestAbortedError("gone"), 499, "CANCELLED", "aborted"),
