@@ -3,6 +3,7 @@
 Knows nothing of what the directories hold.
 """
 
+import errno
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rayllm.core.errors import ConfigError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def models_cache() -> Path:
@@ -24,8 +27,8 @@ def publish(destination: Path) -> Iterator[Path]:
     """Yields an empty directory to fill; without an error it then becomes `destination` in one step.
 
     Two processes may fill the same destination at once: the first one wins, the other's copy is thrown away. With an
-    error nothing is left, nor are the directories above it that were not there. Raises ConfigError, before anything is
-    filled, where there can be no such directory.
+    error nothing is left, nor are the directories above it that were not there. Raises ConfigError where there can be
+    no such directory, before anything is filled, and where there is no room for it.
     """
     missing = [parent for parent in destination.parents if not os.path.lexists(parent)]  # the nearest first
     try:
@@ -44,6 +47,10 @@ def publish(destination: Path) -> Iterator[Path]:
         except OSError:
             if not destination.is_dir():
                 raise
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise ConfigError(f"{destination}: cannot be written: {os.strerror(error.errno)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(missing)

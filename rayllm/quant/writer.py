@@ -1,9 +1,13 @@
 """Tensors to safetensors files of bounded size, with the index that Hugging Face directories have."""
 
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,7 +54,7 @@ class ShardWriter:
     def close(self) -> None:
         self._flush()
         if self._outliers:
-            save_file(self._outliers, self._directory / OUTLIERS, metadata=_METADATA)
+            _save(self._outliers, self._directory / OUTLIERS)
         if len(self._shards) == 1 and not self._outliers:
             (self._directory / _part(0)).rename(self._directory / WEIGHTS)
             return
@@ -64,9 +68,19 @@ class ShardWriter:
         (self._directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     def _flush(self) -> None:
-        save_file(self._shard, self._directory / _part(len(self._shards)), metadata=_METADATA)
+        _save(self._shard, self._directory / _part(len(self._shards)))
         self._shards.append(list(self._shard))
         self._shard, self._shard_bytes = {}, 0
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises OSError as other writing does, where safetensors has an error of its own."""
+    try:
+        save_file(dict(tensors), path, metadata=_METADATA)
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _part(number: int) -> str:

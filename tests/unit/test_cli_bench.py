@@ -204,3 +204,11 @@ def test_kernels_without_a_checkout(monkeypatch, capsys, tmp_path: Path):
         main()
     assert exit_.value.code
     assert "come with a checkout" in capsys.readouterr().err
+
+
+def test_kernels_to_a_folder_are_refused_before_they_are_timed(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(sys, "argv", ["rayllm", "bench", "kernels", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == f"error: --output: {tmp_path} is a folder; name a file\n"

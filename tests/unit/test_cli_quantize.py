@@ -1,6 +1,7 @@
 """`rayllm quantize` as its users meet it: a directory that serves, a report, or one line and nothing at all."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,16 @@ def test_a_place_that_cannot_be_made_is_one_line(
     assert reason in result.err
     assert result.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [text]
+
+
+def test_a_full_disk_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    """As a limit on the size of files has it, which the weights alone exceed."""
+    command = f"ulimit -f 50; exec {sys.executable} -m rayllm quantize {tiny_model} {tmp_path / 'new' / 'out'}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"error: {tmp_path / 'new' / 'out'}: cannot be written: File too large"
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dangling_link_is_left_alone(quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:

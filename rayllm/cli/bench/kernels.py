@@ -38,6 +38,8 @@ def kernels(
         )
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output: there is no folder {output.parent}")
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder; name a file")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.csv"
         failed = _run(path, quick=quick, repeats=repeats)
