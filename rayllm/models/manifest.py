@@ -42,8 +42,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def check_manifest(directory: Path) -> None:
-    """Reads the model's files, not those of directories inside. Raises CheckpointError for the first that is missing or
-    not what was written. A directory without a manifest passes."""
+    """Reads the model's files, not those of directories inside. Raises CheckpointError for the first that is missing,
+    cannot be read or is not what was written. A directory without a manifest passes."""
     if not (directory / MANIFEST).exists():
         return
     for name, entry in Manifest.read(directory).files.items():
@@ -52,5 +52,9 @@ def check_manifest(directory: Path) -> None:
             continue
         if not path.is_file():
             raise CheckpointError(path, f"is missing, though {MANIFEST} names it")
-        if FileEntry.of(path) != entry:
+        try:
+            found = FileEntry.of(path)
+        except OSError as error:
+            raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+        if found != entry:
             raise CheckpointError(path, f"is damaged: it is not what {MANIFEST} says was written")

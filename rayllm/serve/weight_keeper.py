@@ -47,7 +47,7 @@ class WeightKeeper:
         except EngineUnavailableError as error:  # ranks were lost meanwhile: again, once new ones are there
             logger.warning("the weights were not changed: %s", error)
             return
-        except RayLLMError as error:
+        except (RayLLMError, OSError) as error:  # whoever promotes is told, and waits for nobody
             logger.error("the weights were not changed: %s", error)
             found, problem = None, str(error)
         self._serial = record.serial

@@ -174,10 +174,21 @@ def missing(model: Path, directory: Path) -> Path:
     return directory
 
 
+def unreadable(model: Path, directory: Path) -> Path:
+    """A file that opens and then fails, as on a disk that goes bad; root may read all others."""
+    path = Path(shutil.copytree(model, directory)) / "LICENSE"
+    path.write_text("free")
+    sealed(directory)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    return directory
+
+
 BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "nowhere": (lambda model, directory: directory, "no such directory"),
     "a flipped bit": (lambda model, directory: flip_a_bit(sealed(retrained(model, directory, 3))), "is damaged"),
     "a missing file": (missing, "is missing, though manifest.json names it"),
+    "an unreadable file": (unreadable, "LICENSE: cannot be read: Input/output error"),
     "truncated": (truncated, "is truncated or damaged"),
     "NaN": (nan, "up_proj.weight holds NaN or infinity"),
     "another shape": (
