@@ -23,12 +23,14 @@ def models_cache() -> Path:
 
 
 @contextmanager
-def publish(destination: Path) -> Iterator[Path]:
+def publish(destination: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields an empty directory to fill; without an error it then becomes `destination` in one step.
 
-    Two processes may fill the same destination at once: the first one wins, the other's copy is thrown away. With an
-    error nothing is left, nor are the directories above it that were not there. Raises ConfigError where there can be
-    no such directory, before anything is filled, and where there is no room for it.
+    `shared`: whoever fills it fills it with the same; of two processes that do so at once the first one wins, and the
+    other's copy is thrown away. Otherwise a destination that has come meanwhile is left alone, and is an error.
+
+    With an error nothing is left, nor are the directories above it that were not there. Raises ConfigError where there
+    can be no such directory, before anything is filled, and where there is no room for it.
     """
     missing = [parent for parent in destination.parents if not os.path.lexists(parent)]  # the nearest first
     try:
@@ -44,9 +46,11 @@ def publish(destination: Path) -> Iterator[Path]:
         staging.chmod(0o755)
         try:
             staging.rename(destination)
-        except OSError:
+        except OSError as error:
             if not destination.is_dir():
                 raise
+            if not shared:
+                raise ConfigError(f"{destination} has come meanwhile; name another directory") from error
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

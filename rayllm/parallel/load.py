@@ -40,8 +40,8 @@ def load_shard(
 
     Keeps nothing but this rank's slices, holds no more than one of them twice, and talks to no other rank. Linear
     layers that are stored as int8 stay so; `quantize` makes those of a checkpoint without any int8 as they are read.
-    Raises CheckpointError for a scale or, quantizing, a weight that is not finite, and for outlier columns that are not
-    the layer's.
+    Raises CheckpointError for a scale that is negative or not finite, for a weight that is quantized and not finite, and
+    for outlier columns that are not the layer's.
     """
     check_layout(checkpoint.spec, mesh.tp_size, mesh.pp_size)
     with torch.device("meta"):
@@ -104,6 +104,9 @@ def _load_int8(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh
     weight_NK = _read_slice(f"{name}.weight", checkpoint, mesh, torch.int8, device)
     scale_N1 = _read_slice(f"{name}.weight_scale", checkpoint, mesh, torch.float32, device)
     _check_finite(scale_N1, f"{name}.weight_scale", checkpoint)
+    if (scale_N1 < 0).any():
+        stored = checkpoint.source(f"{name}.weight_scale").name
+        raise CheckpointError(checkpoint.directory, f"tensor {stored} holds a negative scale")
     module.set_weight(weight_NK, scale_N1)
     if module.outlier_columns is None:
         return

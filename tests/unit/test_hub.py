@@ -143,11 +143,25 @@ class TestPublish:
             raise KeyError
         assert list(tmp_path.iterdir()) == []
 
+    def test_what_has_come_meanwhile_is_left_alone_and_told(self, tmp_path):
+        destination = tmp_path / "out"
+
+        def fill() -> None:
+            with publish(destination) as staging:
+                (staging / "file").write_text("ours")
+                destination.mkdir()
+                (destination / "file").write_text("theirs")
+
+        with pytest.raises(ConfigError, match=r"out has come meanwhile"):
+            fill()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (destination / "file").read_text() == "theirs"
+
     def test_of_two_at_once_the_first_wins(self, tmp_path):
         barrier = threading.Barrier(2)
 
         def fill(text: str) -> None:
-            with publish(tmp_path / "model") as staging:
+            with publish(tmp_path / "model", shared=True) as staging:
                 (staging / "file").write_text(text)
                 barrier.wait()
 

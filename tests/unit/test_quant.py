@@ -270,6 +270,7 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
         (lambda tensors: tensors.update({"extra": torch.ones(1)}), "tensor extra is not part of"),
         (lambda tensors: tensors[SCALE].fill_(torch.nan), f"tensor {SCALE} holds NaN or infinity"),
         (lambda tensors: tensors[SCALE][-1].fill_(torch.inf), f"tensor {SCALE} holds NaN or infinity"),
+        (lambda tensors: tensors[SCALE][0].neg_(), f"tensor {SCALE} holds a negative scale"),
     ],
 )
 def test_damaged_tensors(int8: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
