@@ -40,8 +40,8 @@ def load_shard(
 
     Keeps nothing but this rank's slices, holds no more than one of them twice, and talks to no other rank. Linear
     layers that are stored as int8 stay so; `quantize` makes those of a checkpoint without any int8 as they are read.
-    Raises CheckpointError for a scale that is negative or not finite, for a weight that is quantized and not finite, and
-    for outlier columns that are not the layer's.
+    Raises CheckpointError for a scale that is negative or not finite, for a weight that is to be quantized and is not
+    finite, and for outlier columns that are not the layer's.
     """
     check_layout(checkpoint.spec, mesh.tp_size, mesh.pp_size)
     with torch.device("meta"):

@@ -8,11 +8,13 @@ rounding, and makes integers of what should become bfloat16. Here bfloat16 becom
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("run these tests as: TRITON_INTERPRET=1 pytest tests/kernels/triton")
@@ -49,3 +51,11 @@ def _cast_impl(self: Any, source: Any, target: Any) -> Any:
 
 
 _Builder.create_dot, _Builder.cast_impl = _create_dot, _cast_impl
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """What nobody wrote is NaN, or the largest integer: of results, and of scratch memory."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

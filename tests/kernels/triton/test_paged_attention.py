@@ -4,7 +4,6 @@ Tiles are small here, so that short sequences have several of them and several s
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,14 +19,6 @@ DECODE = op.Config(block_m=16, tile=16, num_warps=4, num_stages=1, min_tiles=1, 
 PREFILL = dataclasses.replace(DECODE, block_m=32, whole_tiles=True)
 MIXED = [(1, 160), (1, 1), (5, 5), (3, 40), (1, 17), (33, 70), (0, 9)]
 STEPS = [(1, 90), (1, 1), (1, 16), (1, 17)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """What nobody wrote is NaN: `out`, and the scratch of the splits."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def attend(case: PagedCase, config: op.Config, *, processors: int) -> Tensor:

@@ -21,14 +21,6 @@ def make(rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     )
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What nobody wrote is NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 576), (5, 80), (3, 50), (70, 17), (1, 1), (2, 4100)])
 def test_equals_norm_then_quantization(rows: int, size: int, dtype: torch.dtype) -> None:
