@@ -5,8 +5,8 @@ Everything else is refused by name. Knows nothing of torch; reads no file.
 
 `mixed` checkpoints add the file `OUTLIERS`, named in config.json under `OUTLIERS_FIELD`: for a linear layer X the
 columns of its input that are outliers (`X.outlier_columns`, int32 [J]) and the weights of 16 bits for them
-(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, so that a reader who does not know of the
-file still has a whole model.
+(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, cut at the range of the others: a reader who
+does not know of the file has a model, but a much worse one where weights have outliers themselves.
 """
 
 import re

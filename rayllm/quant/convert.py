@@ -18,6 +18,7 @@ from torch import Tensor
 from rayllm.core.errors import CheckpointError, ConfigError
 from rayllm.models.checkpoint import INDEX, WEIGHTS, Checkpoint
 from rayllm.models.decoder import Decoder
+from rayllm.models.manifest import MANIFEST
 from rayllm.models.quantization import OUTLIERS, OUTLIERS_FIELD, Scheme, write_quantization
 from rayllm.quant.calibrate import InputStatistics
 from rayllm.quant.int8_linear import linear_names
@@ -251,8 +252,10 @@ def _write_config(checkpoint: Checkpoint, directory: Path, recipe: Recipe, layer
 
 
 def _copy_others(source: Path, directory: Path) -> None:
-    """Tokenizer, templates, generation configuration, licence: all small files that are not weights."""
+    """Tokenizer, templates, generation configuration, licence: all small files but weights, and what training leaves
+    beside them, which is true of those weights alone."""
     for path in sorted(source.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name in (INDEX, WEIGHTS)
-        if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
+        own = path.name in ("config.json", MANIFEST, "state.json")
+        if path.is_file() and not weights and not own and not path.name.startswith("."):
             shutil.copyfile(path, directory / path.name)

@@ -1,6 +1,7 @@
 """`rayllm quantize` as its users meet it: a directory that serves, a report, or one line and nothing at all."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from rayllm.core.config import CacheConfig
 from rayllm.core.errors import ConfigError
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
+from tests.checkpoints import sealed
 
 CACHE = CacheConfig(num_blocks=32)
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -185,6 +187,18 @@ def test_a_place_that_cannot_be_made_is_one_line(
     assert reason in result.err
     assert result.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [text]
+
+
+def test_what_is_true_of_the_weights_before_is_not_copied(
+    quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    """A checkpoint of a run has a manifest and a state; int8 weights are not those that they speak of."""
+    source = sealed(Path(shutil.copytree(tiny_model, tmp_path / "step-00000001")))
+    (source / "state.json").write_text('{"step": 1}')
+    assert quantize(source, tmp_path / "out").status == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & {"manifest.json", "state.json"}
+    assert {"tokenizer.json", "generation_config.json"} <= names
 
 
 def test_a_full_disk_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
