@@ -117,7 +117,7 @@ async def start(engine: AsyncEngine, model: Path) -> AsyncIterator[Server]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         grpc_address = f"127.0.0.1:{grpc_port}"
         async with (
-            httpx.AsyncClient(base_url=url, timeout=30) as http,
+            httpx.AsyncClient(base_url=url, timeout=None) as http,
             grpc.aio.insecure_channel(grpc_address) as channel,
         ):
             server = Server(engine, weight_version(model), service, url, http, channel, grpc_address)

@@ -66,7 +66,8 @@ async def test_grpc_clients_own_deadline(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_http_deadline(server, stream):
-    response = await server.http.post("/v1/completions", json=body(timeout_ms=60, stream=stream))
+    """Eight answers, so that a stream has begun by then also on a busy machine, and none has ended on a quick one."""
+    response = await server.http.post("/v1/completions", json=body(timeout_ms=400, n=8, stream=stream))
     if stream:
         assert response.status_code == 200
         events = response.text.strip().split("\n\n")
