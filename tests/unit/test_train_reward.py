@@ -157,7 +157,7 @@ def test_every_layout_goes_the_same_way(ranks: Ranks, start: Path, data: Path, t
                 assert row.loss == pytest.approx(other.loss, abs=1e-6)
                 assert row.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
                 assert row.count == other.count
-                assert row.measures == pytest.approx(other.measures, abs=5e-6)
+                assert row.measures == pytest.approx(other.measures, rel=1e-6, abs=5e-6)
             for parameter, value in classifiers(config)[-1].named_parameters():
                 torch.testing.assert_close(value, weights[parameter], rtol=0, atol=1e-5)
         except AssertionError as failure:
