@@ -1,10 +1,12 @@
 """Random checkpoints of every family, written by transformers, with every weight random (transformers' own
 initialisation leaves biases at zero and norms at one, which hides mistakes)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ROPE = {
@@ -93,3 +95,19 @@ def save_tiny(directory: Path, case: str, **overrides: Any) -> PreTrainedModel:
             parameter.copy_(1 + noise if parameter.dim() == 1 and not name.endswith("bias") else noise)
     model.save_pretrained(directory)
     return model
+
+
+def save_with_outliers(directory: Path, factors: Sequence[float] = (100.0, 0.01, 0.01)) -> None:
+    """A model whose function stays what it is while 2 of 48 channels after each norm become `factors` times as large,
+    layer by layer, and the weights that read them as much smaller."""
+    save_tiny(directory, "llama-gqa")
+    tensors = load_file(directory / "model.safetensors")
+    for layer, factor in enumerate(factors):
+        for norm, readers in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            tensors[f"model.layers.{layer}.{norm}.weight"][[5, 17]] *= factor
+            for reader in readers:
+                tensors[f"model.layers.{layer}.{reader}.weight"][:, [5, 17]] /= factor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

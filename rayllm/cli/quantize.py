@@ -149,6 +149,8 @@ def _print(report: "Report", out: Path) -> None:
     table.add_row("weights", f"{format_bytes(before)} -> {format_bytes(after)} ({after / before:.0%})")
     table.add_row("layers in int8", f"{len(report.layers)}")
     table.add_row("columns kept in 16 bits", f"{sum(layer.outlier_columns for layer in report.layers)}")
+    if any(layer.needs_outliers for layer in report.layers):
+        table.add_row("read by", "rayllm alone: int8 cannot hold these columns beside the others")
     table.add_row(f"mean error of {facts['error_of']}", f"{facts['mean_error']:.2%}")
     table.add_row("largest", f"{facts['worst_error']:.2%} in {facts['worst_layer']}")
     print_table(table)

@@ -5,8 +5,9 @@ Everything else is refused by name. Knows nothing of torch; reads no file.
 
 `mixed` checkpoints add the file `OUTLIERS`, named in config.json under `OUTLIERS_FIELD`: for a linear layer X the
 columns of its input that are outliers (`X.outlier_columns`, int32 [J]) and the weights of 16 bits for them
-(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, cut at the range of the others: a reader who
-does not know of the file has a model, but a much worse one where weights have outliers themselves.
+(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, for readers that do not know of the file.
+Where weights have outliers themselves it cannot hold both them and the rest: it is cut at the range of the rest, and
+the checkpoint is of a format of our own (`OWN_FORMAT`), so that others refuse it instead of answering nonsense.
 """
 
 import re
@@ -19,7 +20,8 @@ from rayllm.core.errors import ConfigError
 Scheme = Literal["w8a8", "w8a16"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 METHOD = "compressed-tensors"
-FORMATS = {"int-quantized": False, "pack-quantized": True}
+OWN_FORMAT = "rayllm-mixed"  # int-quantized, but useless without the file of outliers
+FORMATS = {"int-quantized": False, "pack-quantized": True, OWN_FORMAT: False}
 OUTLIERS = "outliers.safetensors"
 OUTLIERS_FIELD = "int8_outliers"
 
@@ -74,6 +76,8 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     form = fields.get("format")
     if form not in FORMATS:
         raise _refusal("format", form, ", ".join(FORMATS))
+    if form == OWN_FORMAT and config.get(OUTLIERS_FIELD) is None:
+        raise ConfigError(f"config.json: {OUTLIERS_FIELD} is missing, without which {OWN_FORMAT} cannot be read")
     for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if fields.get(name):
             raise _refusal(name, fields[name], "none")
@@ -85,9 +89,13 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     )
 
 
-def write_quantization(scheme: Scheme, *, ignore: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint whose linear layers, but for `ignore`, are int8 by `scheme`."""
+def write_quantization(scheme: Scheme, *, ignore: Sequence[str], needs_outliers: bool = False) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint whose linear layers, but for `ignore`, are int8 by `scheme`.
+
+    `needs_outliers`: what int8 holds of outlier columns is cut.
+    """
     form = "int-quantized" if scheme == "w8a8" else "pack-quantized"  # what vLLM looks for in either case
+    form = OWN_FORMAT if needs_outliers else form
     group = {
         "targets": ["Linear"],
         "format": form,

@@ -15,7 +15,7 @@ from rayllm.core.errors import CheckpointError, ConfigError
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.context import DenseContext
 from rayllm.models.decoder import Decoder
-from rayllm.models.quantization import OUTLIERS, Scheme
+from rayllm.models.quantization import OUTLIERS, OUTLIERS_FIELD, OWN_FORMAT, Scheme
 from rayllm.parallel.fuse import FusedAttention, fuse_projections
 from rayllm.parallel.load import load_shard
 from rayllm.parallel.mesh import Mesh
@@ -26,7 +26,7 @@ from rayllm.quant.ranges import absmax_scale, clip_scale, round_to_int8
 from rayllm.quant.writer import ShardWriter, pack
 from tests import sharded_forward
 from tests.ranks import Ranks
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, save_with_outliers
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 101, (30,), generator=torch.Generator().manual_seed(3))
@@ -163,25 +163,8 @@ def test_skipped_layers_stay_and_are_not_joined_with_others(tmp_path: Path) -> N
         quantize(tmp_path / "model", tmp_path / "again", "w8a8", skip=("lm_haed",))
 
 
-def with_outliers(directory: Path) -> None:
-    """A model whose function stays what it is while 2 of 48 channels after each norm become 100 times as large, in
-    one layer, and in the others 100 times smaller with weights 100 times as large."""
-    save_tiny(directory, "llama-gqa")
-    tensors = load_file(directory / "model.safetensors")
-    for layer in range(3):
-        for norm, readers in (
-            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        ):
-            factor = 100.0 if layer == 0 else 0.01
-            tensors[f"model.layers.{layer}.{norm}.weight"][[5, 17]] *= factor
-            for reader in readers:
-                tensors[f"model.layers.{layer}.{reader}.weight"][:, [5, 17]] /= factor
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
 def test_a_hundredfold_outliers_make_handling_matter(tmp_path: Path) -> None:
-    with_outliers(tmp_path / "model")
+    save_with_outliers(tmp_path / "model")
     exact, statistics = logits(load(tmp_path / "model")), calibrate(load(tmp_path / "model"), [IDS, IDS.flip(0)])
     errors = {}
     for outliers in ("none", "clip", "mixed", "smooth"):
@@ -295,7 +278,7 @@ KEPT = "model.layers.1.mlp.up_proj.outlier_weight"
     ],
 )
 def test_damaged_outliers(change: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path) -> None:
-    with_outliers(tmp_path / "model")
+    save_with_outliers(tmp_path / "model")
     out = quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
     tensors = load_file(out / OUTLIERS)
     assert tensors[COLUMNS].tolist() == [5, 17]
@@ -309,6 +292,17 @@ def test_a_lost_outliers_file_is_missed(int8: Path) -> None:
     (int8 / OUTLIERS).unlink()
     with pytest.raises(CheckpointError, match=rf"{OUTLIERS}: no such file, though config.json names it"):
         load(int8)
+
+
+def test_a_format_that_needs_outliers_wants_them_named(tmp_path: Path) -> None:
+    save_with_outliers(tmp_path / "model")
+    out = quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["format"] == OWN_FORMAT
+    del config[OUTLIERS_FIELD]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"{OUTLIERS_FIELD} is missing, without which {OWN_FORMAT} cannot be read"):
+        Checkpoint.open(out)
 
 
 @pytest.mark.parametrize(
