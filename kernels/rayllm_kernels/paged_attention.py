@@ -392,7 +392,7 @@ def paged_attention(
         first = 0 if window is None else max(0, context - length - window + 1)
         blocks_M = block_tables_RM[int(rows_B[b])].long()
         wide = q_THE.dtype if k_cache_NPKE.dtype == torch.int8 else k_cache_NPKE.dtype
-        if q_THE.is_cpu:
+        if q_THE.is_cpu and not q_THE.dtype == k_cache_NPKE.dtype == torch.bfloat16:  # float16 crawls, int8 would lose
             wide = torch.promote_types(wide, torch.float32)
         k_SKE, v_SKE = (
             _gather(cache, scales, blocks_M, first, context, wide)
