@@ -9,7 +9,7 @@ from rayllm.engine.kv_cache import KVCache, KVLayout
 from rayllm.engine.paged_context import PagedContext, Prompts
 from rayllm.models.rope import RotaryEmbedding, Rotation
 from rayllm.models.spec import RopeSpec
-from rayllm_kernels import apply_rotary_reference
+from rayllm_kernels import apply_rotary_reference, rotary_store_kv
 from tests.kernels.exactness import assert_as_exact_as_torch, randn
 from tests.kernels.paged_cases import dense_attention
 
@@ -66,8 +66,8 @@ def check_mixed_step(dtype: torch.dtype, window: int | None, prompts: int) -> No
     """However many of the prompts go without pages: the outputs, and the same keys and values in the pages."""
     whole, qkv, positions_T = everything(dtype)
     rotation = RotaryEmbedding(RopeSpec(theta=1000.0), HEAD_DIM).rotation(positions_T, None, dtype)
-    whole.attend(0, *qkv, rotation, scale=SCALE, window=window)  # leaves what each sequence has in its pages
     pages = whole.cache.pages(0)[:2]
+    rotary_store_kv(*qkv, rotation.cos_TE, rotation.sin_TE, *pages, whole.slots_T)
     expected = [page.clone() for page in pages]
     in_step = torch.cat([torch.arange(context) >= context - queries for queries, context in PARTS])
     starts_B1, first = starts_of(QUERIES), len(PARTS) - prompts
