@@ -1,8 +1,8 @@
 """What serves an op: decided once per process, by the machine, and logged with the reason.
 
 On CUDA each op asks `on_triton`; which tensors its kernel takes is the op's own question. On CPU the compiled loops
-serve what they take, and the linear layer chooses its product by the number of rows. Those limits were measured with
-`kernels/bench/cpu_decode.py`; its table is in `kernels/README.md`.
+serve what they take, the linear layer chooses its product by the number of rows, and attention by the number of
+queries. `kernels/README.md` has the measurements that the limits are taken from.
 """
 
 import functools
@@ -56,6 +56,31 @@ def triton_problem() -> str | None:
 def loops_may_run(x: Tensor) -> bool:
     """Whether compiled CPU loops may serve x: they have no gradient, and torch.compile cannot look into them."""
     return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+LONGEST_IN_PLACE = 16  # queries of a sequence that read pages in place on CPU: past that torch's products pay
+
+
+@functools.cache
+def shortest_flash_prompt(device_type: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> int | None:
+    """The fewest tokens with which a prompt of which nothing is cached attends by `flash_attention` to its own keys and
+    values, and not by `paged_attention` to those in the cache; None: every prompt attends to the cache."""
+    shortest = None
+    if cache_dtype != dtype:
+        why = f"later steps see of it what a cache of {_name(cache_dtype)} holds"
+    elif device_type == "cpu":
+        shortest, why = LONGEST_IN_PLACE + 1, "shorter ones are faster in place"
+    elif dtype == torch.float32:
+        why = "the tiles of flash attention are of 16 bits"
+    else:
+        shortest, why = 2, "it reads no block table and joins no splits; a token alone is a decode step"
+    kernel = "paged attention" if shortest is None else f"flash attention from {shortest} tokens on"
+    logger.info("a prompt in %s on %s: %s, because %s", _name(dtype), device_type, kernel, why)
+    return shortest
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

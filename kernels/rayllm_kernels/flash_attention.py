@@ -1,4 +1,4 @@
-"""Attention of packed sequences of any lengths, with gradients: for training. Prompts are `paged_attention`'s.
+"""Attention of packed sequences of any lengths, with gradients: for training and for fresh prompts.
 
 T queries and S keys in all, H query heads, K kv heads, E head_dim. `cu_seqlens_q_B1` and `cu_seqlens_k_B1`: int32 on
 q's device, 0 and then where each of the B sequences ends, never descending, at most T and S. Sequence b owns queries

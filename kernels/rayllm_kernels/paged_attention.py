@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayllm_kernels.dispatch import loops_may_run, on_triton
+from rayllm_kernels.dispatch import LONGEST_IN_PLACE, loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
@@ -300,9 +300,6 @@ def _attend_gathered(q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, 
     return out[0].transpose(0, 1)
 
 
-_LONGEST_IN_PLACE = 16  # queries of a sequence; past that gathering once pays (measured at contexts of 160 and 1024)
-
-
 def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors."""
     return (
@@ -350,7 +347,7 @@ def paged_attention(
         x.dtype == torch.int32 and x.is_contiguous() for x in (rows_B, query_start_B1, context_lens_B)
     ):
         decode_only = q_THE.shape[0] <= sequences  # no more than a query each
-        longest = q_THE.shape[0] if decode_only else _LONGEST_IN_PLACE
+        longest = q_THE.shape[0] if decode_only else LONGEST_IN_PLACE
         _, page, kv_heads, head_dim = k_cache_NPKE.shape
         _attend_pages_kernel(
             q_THE.shape[0] * kv_heads,
@@ -392,7 +389,7 @@ def paged_attention(
         first = 0 if window is None else max(0, context - length - window + 1)
         blocks_M = block_tables_RM[int(rows_B[b])].long()
         wide = q_THE.dtype if k_cache_NPKE.dtype == torch.int8 else k_cache_NPKE.dtype
-        if q_THE.is_cpu:
+        if q_THE.is_cpu and not q_THE.dtype == k_cache_NPKE.dtype == torch.bfloat16:  # float16 crawls, int8 would lose
             wide = torch.promote_types(wide, torch.float32)
         k_SKE, v_SKE = (
             _gather(cache, scales, blocks_M, first, context, wide)

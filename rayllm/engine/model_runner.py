@@ -14,7 +14,7 @@ from rayllm.core.config import EngineConfig
 from rayllm.core.errors import ConfigError
 from rayllm.engine.decode_graphs import DecodeGraphs
 from rayllm.engine.kv_cache import KVCache, KVLayout, cache_dtype, num_blocks_that_fit
-from rayllm.engine.paged_context import PagedContext
+from rayllm.engine.paged_context import PagedContext, Prompts
 from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
 from rayllm.engine.sampler import Sampler
 from rayllm.models.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from rayllm.parallel.pipeline import recv_hidden, send_hidden
 from rayllm.quant.int8_linear import pack_weights
 from rayllm.scheduler.batch import Batch, PositionLogprobs, SequenceResult, StepResult
 from rayllm_kernels import compile_kernels
+from rayllm_kernels.dispatch import shortest_flash_prompt
 
 # Rows of logits held at a time for prompt log-probabilities: 256 x 150k x 4 bytes = 150 MB.
 _LOGITS_ROWS = 256
@@ -75,6 +76,7 @@ class ModelRunner:
             dtype=cache_dtype(config.cache.dtype, dtype, device),
             device=device,
         )
+        self._shortest_flash_prompt = shortest_flash_prompt(device.type, dtype, self._layout.dtype)
         self.num_blocks_that_fit = num_blocks_that_fit(self._layout, config.cache)
         self._rows = PersistentBatch(
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -185,6 +187,7 @@ class ModelRunner:
             context_lens_B=self._on_device(arrays.context_lens_B),
             slots_T=self._on_device(arrays.slots_T),
             rope_lengths_T=self._on_device(arrays.rope_lengths_T) if self._dynamic_rope else None,
+            prompts=self._prompts(arrays),
         )
         if self._mesh.is_first_stage:
             x = self._on_device(arrays.tokens_T)
@@ -193,6 +196,19 @@ class ModelRunner:
             x = recv_hidden(self._mesh, num_tokens, hidden_size, self._dtype, self._device)
         x_TD, rotation = model.embed(x, self._on_device(arrays.positions_T), context.rope_lengths_T)
         return (model if graphs is None else graphs).transform(x_TD, rotation, context)
+
+    def _prompts(self, arrays: StepArrays) -> Prompts | None:
+        shortest = self._shortest_flash_prompt
+        count = 0 if shortest is None else arrays.num_prompts(shortest)
+        if count == 0:
+            return None
+        first = len(arrays.rows_B) - count
+        starts_B1 = arrays.query_start_B1[first:]
+        return Prompts(
+            first_sequence=first,
+            first_token=int(starts_B1[0]),
+            cu_seqlens=self._on_device(starts_B1 - starts_B1[0]),
+        )
 
     def _sample(
         self, batch: Batch, arrays: StepArrays, hidden_TD: Tensor

@@ -1,12 +1,23 @@
-"""The attention of a serving step: write this step's keys and values into pages, attend over the pages."""
+"""The attention of a serving step: write this step's keys and values into pages, attend over the pages, or, where all
+that a sequence sees is of this step, over its keys and values as they come."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rayllm.engine.kv_cache import KVCache
 from rayllm.models.rope import Rotation
-from rayllm_kernels import paged_attention, rotary_store_kv, store_kv
+from rayllm_kernels import flash_attention, paged_attention, rotary_store_kv, store_kv
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """The sequences at the end of a step that have their whole context in it, and attend without pages."""
+
+    first_sequence: int
+    first_token: int
+    cu_seqlens: Tensor  # int32, counted from `first_token`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +31,7 @@ class PagedContext:
     context_lens_B: Tensor
     slots_T: Tensor
     rope_lengths_T: Tensor | None
+    prompts: Prompts | None
 
     def attend(
         self,
@@ -34,10 +46,32 @@ class PagedContext:
     ) -> Tensor:
         k_pages, v_pages, k_scales, v_scales = self.cache.pages(layer)
         target = (k_pages, v_pages, self.slots_T, k_scales, v_scales)
-        if rotation is None:
-            store_kv(k_TKE, v_TKE, *target)
-        else:
+        if rotation is not None and self.prompts is None:
             q_THE = rotary_store_kv(q_THE, k_TKE, v_TKE, rotation.cos_TE, rotation.sin_TE, *target)
+        else:
+            if rotation is not None:
+                q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
+            store_kv(k_TKE, v_TKE, *target)
+        if self.prompts is None:
+            return self._attend_pages(layer, q_THE, len(self.rows_B), scale, window)
+        first = self.prompts.first_token
+        of_prompts_THE = flash_attention(
+            q_THE[first:],
+            k_TKE[first:],
+            v_TKE[first:],
+            cu_seqlens_q_B1=self.prompts.cu_seqlens,
+            cu_seqlens_k_B1=self.prompts.cu_seqlens,
+            scale=scale,
+            window=window,
+        )
+        if first == 0:
+            return of_prompts_THE
+        of_pages_THE = self._attend_pages(layer, q_THE[:first], self.prompts.first_sequence, scale, window)
+        return torch.cat((of_pages_THE, of_prompts_THE))
+
+    def _attend_pages(self, layer: int, q_THE: Tensor, num_sequences: int, scale: float, window: int | None) -> Tensor:
+        """For the first sequences of the step, whose queries `q_THE` are."""
+        k_pages, v_pages, k_scales, v_scales = self.cache.pages(layer)
         return paged_attention(
             q_THE,
             k_pages,
@@ -45,9 +79,9 @@ class PagedContext:
             k_scales_NPK=k_scales,
             v_scales_NPK=v_scales,
             block_tables_RM=self.block_tables_RM,
-            rows_B=self.rows_B,
-            query_start_B1=self.query_start_B1,
-            context_lens_B=self.context_lens_B,
+            rows_B=self.rows_B[:num_sequences],
+            query_start_B1=self.query_start_B1[: num_sequences + 1],
+            context_lens_B=self.context_lens_B[:num_sequences],
             scale=scale,
             window=window,
         )

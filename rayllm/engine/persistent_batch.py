@@ -28,6 +28,12 @@ class StepArrays:
     slots_T: Longs  # block * block_size + offset
     rope_lengths_T: Longs  # max(prompt length, position + 1)
 
+    def num_prompts(self, shortest: int) -> int:
+        """How many sequences at the end of the step have their whole context in it, of `shortest` tokens or more."""
+        lens_B = np.diff(self.query_start_B1)
+        whole_B = (lens_B == self.context_lens_B) & (lens_B >= shortest)
+        return int(np.logical_and.accumulate(whole_B[::-1]).sum())
+
 
 class PersistentBatch:
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:

@@ -57,7 +57,9 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """`released`: sequences that finished, were aborted or preempted since the last step; their rows are free.
 
-    `weight_version`: the weights that compute it, of all that the ranks hold.
+    `scheduled`: sequences that start at position 0 come last, shorter parts first; so prompts of which nothing is
+    cached, from any length on, are the end of the step. `weight_version`: the weights that compute it, of all that the
+    ranks hold.
     """
 
     step_id: int

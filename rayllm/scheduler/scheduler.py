@@ -34,13 +34,12 @@ __all__ = ["Scheduler", "SequenceOutput"]
 
 @dataclass(kw_only=True, slots=True)
 class _Step:
-    """A batch in the making, and the sequences behind its `scheduled`, in the same order."""
+    """A batch in the making."""
 
     weight_version: str
     budget: int  # tokens left
     new: list[NewSequence] = field(default_factory=list)
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)
+    parts: list[tuple[ScheduledSequence, Sequence]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -158,7 +157,7 @@ class Scheduler:
             step = _Step(weight_version=weight_version, budget=self._config.max_num_batched_tokens)
             self._schedule_running(step)
             self._admit(step)  # nobody just preempted: such a one is first in the queue, its blocks not all free
-            if step.scheduled:
+            if step.parts:
                 return self._launched(step)
         return None
 
@@ -240,17 +239,18 @@ class Scheduler:
             assert not (group.held and computed), f"request {group.request.request_id!r}: held after the prompt"
 
     def _launched(self, step: _Step) -> Batch:
+        step.parts.sort(key=lambda part: part[0].num_tokens if part[0].start == 0 else 0)
         batch = Batch(
             step_id=self._next_step_id,
             released=self._released,
             new=step.new,
-            scheduled=step.scheduled,
+            scheduled=[scheduled for scheduled, _ in step.parts],
             weight_version=step.weight_version,
         )
         self._next_step_id += 1
         self._last_version = step.weight_version
         self._released = []
-        self._in_flight.append((batch, step.sequences))
+        self._in_flight.append((batch, [sequence for _, sequence in step.parts]))
         return batch
 
     def _schedule_running(self, step: _Step) -> None:
@@ -357,17 +357,15 @@ class Scheduler:
         start = sequence.num_computed_tokens
         num_left = sequence.num_tokens - start
         num_tokens = min(num_left, step.budget)
-        step.scheduled.append(
-            ScheduledSequence(
-                sequence.seq_id,
-                start,
-                num_tokens,
-                list(sequence.tokens(sequence.num_sent_tokens, sequence.num_tokens)),
-                new_block_ids,
-                num_tokens == num_left,
-            )
+        scheduled = ScheduledSequence(
+            sequence.seq_id,
+            start,
+            num_tokens,
+            list(sequence.tokens(sequence.num_sent_tokens, sequence.num_tokens)),
+            new_block_ids,
+            num_tokens == num_left,
         )
-        step.sequences.append(sequence)
+        step.parts.append((scheduled, sequence))
         step.budget -= num_tokens
         sequence.num_sent_tokens = sequence.num_tokens
         sequence.in_flight = True

@@ -73,6 +73,7 @@ def check_steps(
             context_lens_B=(positions_T + 1).int(),
             slots_T=tables_RM[rows_B, positions_T // PAGE].long() * PAGE + positions_T % PAGE,
             rope_lengths_T=None,
+            prompts=None,
         )
         x_TD, rotation = model.embed(torch.randint(0, model.spec.vocab_size, (num_seqs,)), positions_T, None)
         expected = model.transform(x_TD, rotation, replace(context, cache=theirs))

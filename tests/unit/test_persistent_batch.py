@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rayllm.engine.persistent_batch import PersistentBatch
+from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
 from rayllm.scheduler.batch import Batch, NewSequence, SamplerSpec, ScheduledSequence
 
 SAMPLER = SamplerSpec(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, {}, 0, 0, [], None, [], None, 0)
@@ -49,3 +49,19 @@ def test_a_row_is_reused_after_its_release():
     arrays = rows.step(Batch(1, [1], [], [ScheduledSequence(2, 0, 1, [], [5], True)], "w"))
     assert arrays.slots_T.tolist() == [10]
     assert arrays.tokens_T.dtype == np.int64
+
+
+def test_prompts_at_the_end_of_a_step():
+    """A decode, a chunk of a longer prompt, and whole contexts of 1, 5, 4 and 6 tokens."""
+    lens, contexts = np.array([1, 3, 1, 5, 4, 6]), np.array([9, 7, 1, 5, 4, 6])
+    unused = np.zeros(0, dtype=np.int64)
+    arrays = StepArrays(
+        rows_B=np.arange(6, dtype=np.int32),
+        query_start_B1=np.concatenate([[0], lens.cumsum()]).astype(np.int32),
+        context_lens_B=contexts.astype(np.int32),
+        tokens_T=unused,
+        positions_T=unused,
+        slots_T=unused,
+        rope_lengths_T=unused,
+    )
+    assert [arrays.num_prompts(shortest) for shortest in (1, 2, 4, 5, 6, 7)] == [4, 3, 3, 1, 1, 0]

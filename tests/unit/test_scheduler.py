@@ -92,6 +92,8 @@ class Ranks:
             self.rows[new.seq_id] = Row(new.token_ids, new.prompt_len, new.sampler)
         assert len(self.rows) <= self.max_num_seqs
         assert len({s.seq_id for s in batch.scheduled}) == len(batch.scheduled)
+        from_the_start = [s.num_tokens if s.start == 0 else 0 for s in batch.scheduled]
+        assert from_the_start == sorted(from_the_start)
         return StepResult(batch.step_id, [self._run(each, batch.weight_version) for each in batch.scheduled])
 
     def _run(self, scheduled, weights: str) -> SequenceResult:
@@ -232,6 +234,18 @@ def test_prompts_are_cut_into_chunks_and_mixed_with_decodes():
     assert shape(engine.step()) == [(0, 4, 1, True), (1, 12, 7, False)]
     assert shape(engine.step()) == [(0, 5, 1, True), (1, 19, 1, True), (2, 0, 2, True)]
     assert shape(engine.step()) == [(0, 6, 1, True), (1, 20, 1, True), (2, 2, 1, True)]
+    engine.drain()
+    for request in requests:
+        engine.check(request)
+
+
+def test_prompts_of_which_nothing_is_cached_end_a_step_the_longest_last():
+    engine = Engine()
+    requests = [engine.add("old", range(1, 10), max_tokens=30)]
+    engine.step()
+    for name, tokens in [("long", [5] * 9), ("hit", range(1, 12)), ("short", [6] * 2), ("middle", [7] * 4)]:
+        requests.append(engine.add(name, tokens))
+    assert shape(engine.step()) == [(0, 9, 1, True), (2, 8, 3, True), (3, 0, 2, True), (4, 0, 4, True), (1, 0, 9, True)]
     engine.drain()
     for request in requests:
         engine.check(request)

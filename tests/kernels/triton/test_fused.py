@@ -125,11 +125,13 @@ def test_ignored_rows_give_zeros_whatever_they_hold() -> None:
 def test_operators_are_registered_as_torch_asks() -> None:
     """opcheck: schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
     x, weight = randn(3, 48, dtype=torch.float32), randn(48, dtype=torch.float32)
-    q, k, angles = (randn(3, n, 16, dtype=torch.float32) for n in (4, 2, 1))
+    q, k, v, angles = (randn(3, n, 16, dtype=torch.float32) for n in (4, 2, 2, 1))
+    caches, slots = [torch.zeros(2, 4, 2, 16) for _ in range(2)], torch.tensor([5, 2, 0])
     for operator, arguments in (
         (gpu_norm.rms_norm, (x.requires_grad_(), weight.requires_grad_(), 1e-5)),
         (gpu_norm.add_rms_norm, (x, x.detach().clone().requires_grad_(), weight, 1e-5)),
         (gpu_silu.silu_mul, (x, x.detach().clone().requires_grad_())),
         (gpu_rotary.rotary, (q.requires_grad_(), k.requires_grad_(), angles[:, 0], angles[:, 0], False)),
+        (rotary_store_kv, (q.detach(), k.detach(), v, angles[:, 0], angles[:, 0], *caches, slots)),
     ):
         torch.library.opcheck(operator, arguments)

@@ -107,13 +107,18 @@ def test_rows_past_the_end_are_not_written() -> None:
     assert whole[3:].isnan().all()
 
 
-def test_ops_have_the_shapes_that_their_fakes_say() -> None:
+def test_operators_are_registered_as_torch_asks() -> None:
+    """opcheck: schema, fake kernel, and tracing with dynamic shapes."""
     x, weight, scale, bias = make(3, 7, 50, torch.float32)
     columns = torch.tensor([4, 9], dtype=torch.int32)
-    torch.library.opcheck(gpu.row_bounds, (x, columns), test_utils=("test_schema", "test_faketensor"))
     bound = gpu.row_bounds(x, columns)
-    torch.library.opcheck(gpu.quantize_rows, (x, columns, None), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(gpu.quantize_rows, (x, columns, bound), test_utils=("test_schema", "test_faketensor"))
     q, x_scale, kept = gpu.quantize_rows(x, columns, None)
-    arguments = (q, x_scale, weight, scale, bias, kept, torch.randn(2, 7).bfloat16())
-    torch.library.opcheck(gpu.w8a8_product, arguments, test_utils=("test_schema", "test_faketensor"))
+    for operator, arguments in (
+        (gpu.row_bounds, (x, columns)),
+        (gpu.quantize_rows, (x, columns, None)),
+        (gpu.quantize_rows, (x, columns, bound)),
+        (gpu.w8a8_product, (q, x_scale, weight, scale, bias, kept, torch.randn(2, 7).bfloat16())),
+        (gpu.w8a16_product, (x, weight, scale, bias)),
+        (gpu.w8a16_product, (x.bfloat16(), weight, scale, None)),
+    ):
+        torch.library.opcheck(operator, arguments)
