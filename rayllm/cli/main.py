@@ -1,9 +1,11 @@
 """The `rayllm` program: one command per file; nothing heavy is imported before a command runs.
 
-Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -77,9 +79,19 @@ def options(
     set_up_logging(verbose=verbose)
 
 
+def _terminate(signal_number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signal_number)
+
+
 def main() -> None:
+    # SIGTERM ends Python on the spot; as an exit it unwinds, and what a command had half made is removed, as on Ctrl-C.
+    # `serve`, and Ray once it has started, set handlers of their own.
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except RayLLMError as error:
         note(f"error: {error}")
         sys.exit(1)
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:  # `serve`, once it stops, ignores it to the end
+            signal.signal(signal.SIGTERM, before)

@@ -1,9 +1,12 @@
 """`rayllm quantize` as its users meet it: a directory that serves, a report, or one line and nothing at all."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -209,6 +212,26 @@ def test_a_full_disk_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1] == f"error: {tmp_path / 'new' / 'out'}: cannot be written: File too large"
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_terminated_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
+    endless = tmp_path / "endless"  # a pipe that nobody writes to: the command waits there, its directory half made
+    os.mkfifo(endless)
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    command = [sys.executable, "-m", "rayllm", "quantize", tiny_model, parent / "out", "--calibration", endless]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(parent.iterdir()):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 143
+        finally:
+            process.kill()
+    assert not list(parent.iterdir())
 
 
 def test_a_dangling_link_is_left_alone(quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:
