@@ -75,9 +75,12 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a model's shape, its parameters and the memory of its weights and of a token in the KV cache."""
-    from rayllm.cli.model_config import read_spec
+    from rayllm.cli.model_config import read_config
+    from rayllm.models.families import spec_from_config
+    from rayllm.models.quantization import read_quantization
 
-    spec = read_spec(model)
+    config = read_config(model)
+    spec, int8 = spec_from_config(config), read_quantization(config)
     facts: dict[str, object] = {
         "family": spec.family,
         "params": spec.num_params,
@@ -91,7 +94,12 @@ def show(
         "context": spec.max_position_embeddings,
         "sliding_window": next((window for window in spec.windows if window is not None), None),
         "tied_embeddings": spec.tie_word_embeddings,
+        "quantization": None,
     }
+    if int8 is not None:
+        schemes = ", ".join(sorted({stored.scheme for _, stored in int8.groups}))
+        facts["quantization"] = f"int8 {schemes}" + ", outlier columns in 16 bits" * int8.has_outliers
+        facts["not_quantized"] = ", ".join(int8.ignore) or None
     if as_json:
         kv = {dtype: spec.kv_bytes_per_token(size) for dtype, size in DTYPE_BYTES.items()}
         print_json({**facts, "kv_bytes_per_token": kv})

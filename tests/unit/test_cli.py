@@ -187,8 +187,19 @@ def test_models(rayllm, tiny_model: Path):
     shown = json.loads(rayllm("models", "show", tiny_model, "--json").out)
     assert (shown["family"], shown["layers"], shown["kv_bytes_per_token"]["float32"]) == ("llama", 3, 576)
     assert "llama" in rayllm("models", "show", tiny_model).out
+    assert shown["quantization"] is None
     fetched = json.loads(rayllm("models", "fetch", tiny_model, "--json").out)
     assert fetched == {"name": str(tiny_model), "directory": str(tiny_model)}
+
+
+def test_models_show_tells_int8(rayllm, tiny_model: Path, tmp_path: Path):
+    made = rayllm(
+        "quantize", tiny_model, tmp_path / "out", "--scheme", "w8a8", "--outliers", "mixed", "--skip", "lm_head"
+    )
+    assert made.status == 0
+    shown = json.loads(rayllm("models", "show", tmp_path / "out", "--json").out)
+    assert (shown["quantization"], shown["not_quantized"]) == ("int8 w8a8, outlier columns in 16 bits", "lm_head")
+    assert "int8 w8a8" in rayllm("models", "show", tmp_path / "out").out
 
 
 def test_generate_json_of_one_answer(rayllm, tiny_model: Path):
