@@ -24,6 +24,7 @@ Example: `rayllm quantize smollm2-135m ./smollm2-w8a16 --scheme w8a16`
 Example: `rayllm quantize ./my-model ./my-model-w8a8 --scheme w8a8 --outliers smooth --calibration text.txt`
 """
 _SEQUENCE = 512  # tokens of the calibration text that the model sees at a time
+_LEAST_TOKENS = _SEQUENCE  # fewer say little of what inputs a layer can have
 _MOST_TOKENS = 32 * _SEQUENCE
 
 
@@ -45,11 +46,19 @@ def quantize(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", metavar="FILE", help="UTF-8 text such as the model will see, some pages of it."),
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="UTF-8 text such as the model will see: some pages of it, 512 tokens at least.",
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option("--skip", metavar="LAYER", help="Leave these layers as they are, such as lm_head; repeatable."),
+        typer.Option(
+            "--skip",
+            metavar="LAYER",
+            help="Leave these layers as they are: lm_head, down_proj, model.layers.0.*; repeatable.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -113,8 +122,11 @@ def _sequences(checkpoint: "Checkpoint", calibration: Path) -> "list[Tensor]":
     except UnicodeDecodeError:
         raise ConfigError(f"calibration: {calibration}: is not UTF-8 text") from None
     ids = Tokenizer.load(checkpoint.directory).encode(text)[:_MOST_TOKENS]
-    if not ids:
-        raise ConfigError(f"calibration: {calibration}: holds no text")
+    if len(ids) < _LEAST_TOKENS:
+        raise ConfigError(
+            f"calibration: {calibration}: is a text of {len(ids)} tokens; at least {_LEAST_TOKENS} are needed, and"
+            f" {_MOST_TOKENS:,} are used"
+        )
     length = min(_SEQUENCE, checkpoint.spec.max_position_embeddings)
     return [torch.tensor(ids[first : first + length]) for first in range(0, len(ids), length)]
 

@@ -4,11 +4,12 @@ Reads one parameter at a time, twice: once to look, once to convert. What it nee
 comes from `calibrate`, which needs the model itself. Letters: N outputs, K inputs.
 """
 
+import difflib
 import fnmatch
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,9 +35,14 @@ _MOST_WIDENED = 1.25
 OUTLIERS_CHOICES: tuple[Outliers, ...] = get_args(Outliers)
 
 
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """`skip`: names of layers that stay as they are; shell patterns against the name or its last part."""
+    """`skip`: layers that stay as they are; shell patterns against our name, the stored name, or the last part."""
 
     scheme: Scheme
     outliers: Outliers = "none"
@@ -50,8 +56,9 @@ class Recipe:
     def needs_calibration(self) -> bool:
         return self.outliers == "smooth"
 
-    def skips(self, layer: str) -> bool:
-        return any(fnmatch.fnmatch(name, one) for one in self.skip for name in (layer, layer.rpartition(".")[2]))
+    def skips(self, layer: str, stored: str) -> bool:
+        names = (layer, stored, layer.rpartition(".")[2])
+        return any(fnmatch.fnmatch(name, one) for one in self.skip for name in names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,10 +92,13 @@ def quantized_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
         layers = linear_names(Decoder(checkpoint.spec))
     if checkpoint.int8:
         raise ConfigError(f"{checkpoint.directory} is an int8 checkpoint already")
+    stored = {layer: _stored_name(checkpoint, f"{layer}.weight").removesuffix(".weight") for layer in layers}
     for one in recipe.skip:
-        if not any(Recipe(scheme=recipe.scheme, skip=(one,)).skips(layer) for layer in layers):
-            raise ConfigError(f"skip: {one!r} is no linear layer of this model; such as {layers[0]}, or lm_head")
-    chosen = [layer for layer in layers if not recipe.skips(layer)]
+        if not any(replace(recipe, skip=(one,)).skips(layer, stored[layer]) for layer in layers):
+            known = dict.fromkeys([*(layer.rpartition(".")[2] for layer in layers), *layers, *stored.values()])
+            near = ", ".join(difflib.get_close_matches(one, known, n=3, cutoff=0.0))
+            raise ConfigError(f"skip: {one!r} is no linear layer of this model; near it are {near}")
+    chosen = [layer for layer in layers if not recipe.skips(layer, stored[layer])]
     for layer in chosen:
         source = checkpoint.source(f"{layer}.weight")
         if source.transposed or source.parts > 1:
@@ -239,7 +249,14 @@ def _other_parameters(checkpoint: Checkpoint, layers: set[str], folds: Folds) ->
 
 
 def _weight_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    """Of the files that a model is read from; the same weights may lie beside them in other forms."""
+    index = directory / INDEX
+    if (directory / WEIGHTS).exists():
+        names = {WEIGHTS}
+    else:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    sizes = (path.stat().st_size for path in (directory / name for name in names | {OUTLIERS}) if path.exists())
+    return sum(sizes)
 
 
 def _write_config(checkpoint: Checkpoint, directory: Path, recipe: Recipe, reports: Sequence[LayerReport]) -> None:
@@ -266,10 +283,10 @@ def _write_config(checkpoint: Checkpoint, directory: Path, recipe: Recipe, repor
 
 
 def _copy_others(source: Path, directory: Path) -> None:
-    """Tokenizer, templates, generation configuration, licence: all small files but weights, and what training leaves
-    beside them, which is true of those weights alone."""
+    """Tokenizer, templates, generation configuration, licence: all files but weights in any form, and what training
+    leaves beside them, which is true of those weights alone."""
     for path in sorted(source.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name in (INDEX, WEIGHTS)
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         own = path.name in ("config.json", MANIFEST, "state.json")
         if path.is_file() and not weights and not own and not path.name.startswith("."):
             shutil.copyfile(path, directory / path.name)

@@ -110,7 +110,8 @@ def test_a_person_gets_a_table(quantize: Callable[..., Result], tiny_model: Path
     [
         (["--scheme", "w8a8", "--outliers", "smooth"], "outliers: smooth needs --calibration FILE"),
         (["--scheme", "w8a16", "--outliers", "mixed"], "outliers: mixed is about int8 activations: w8a16 has none"),
-        (["--skip", "head"], "skip: 'head' is no linear layer of this model"),
+        (["--skip", "head"], "skip: 'head' is no linear layer of this model; near it are lm_head, "),
+        (["--skip", "model.layers.3.mlp.down_proj"], "near it are model.layers.2.mlp.down_proj, "),
         (["--skip", "*"], "skip: leaves no layer to quantize"),
         (["--calibration", "/nowhere.txt"], "calibration: /nowhere.txt: No such file or directory"),
     ],
@@ -122,6 +123,42 @@ def test_refused_with_nothing_written(
     assert (result.status, result.out) == (1, "")
     assert message in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_are_skipped_by_any_of_their_names(
+    quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    names = ["model.layers.0.mlp.down_proj", "layers.1.mlp.up_proj", "lm_head", "k_proj"]
+    skip = [word for name in names for word in ("--skip", name)]
+    assert quantize(tiny_model, tmp_path / "out", "--scheme", "w8a8", *skip).status == 0
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    skipped = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj", "lm_head"}
+    assert set(ignored) == skipped | {f"model.layers.{i}.self_attn.k_proj" for i in range(3)}
+    again = [word for name in ignored for word in ("--skip", name)]
+    assert quantize(tiny_model, tmp_path / "again", "--scheme", "w8a8", *again).status == 0
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
+
+
+def test_too_short_a_calibration(quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("one line of text", encoding="utf-8")
+    result = quantize(tiny_model, tmp_path / "out", "--calibration", tmp_path / "short.txt")
+    assert result.status == 1
+    assert "short.txt: is a text of 16 tokens; at least 512 are needed" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_in_other_forms_are_neither_counted_nor_copied(
+    quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    plain = json.loads(quantize(tiny_model, tmp_path / "plain", "--json").out)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for name in ("consolidated.safetensors", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json"):
+        (tmp_path / "model" / name).write_bytes(b"\0" * 100_000)
+    report = json.loads(quantize(tmp_path / "model", tmp_path / "out", "--json").out)
+    assert report["bytes_before"] == plain["bytes_before"] == (tiny_model / "model.safetensors").stat().st_size
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "plain").iterdir()
+    }
 
 
 def test_a_directory_that_is_there_is_left_alone(
