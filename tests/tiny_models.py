@@ -111,3 +111,14 @@ def save_with_outliers(directory: Path, factors: Sequence[float] = (100.0, 0.01,
             for reader in readers:
                 tensors[f"model.layers.{layer}.{reader}.weight"][:, [5, 17]] /= factor
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_with_outliers_on_the_way_out(directory: Path) -> None:
+    """Another such model: of attention's output, whose weights no norm precedes, 2 columns are 100 times as large."""
+    save_tiny(directory, "llama-gqa")
+    tensors = load_file(directory / "model.safetensors")
+    for layer in range(3):
+        attention = f"model.layers.{layer}.self_attn"
+        tensors[f"{attention}.v_proj.weight"][3] /= 100  # of the first of three heads, which two heads of queries read
+        tensors[f"{attention}.o_proj.weight"][:, [3, 11]] *= 100
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -5,14 +5,15 @@ Everything else is refused by name. Knows nothing of torch; reads no file.
 
 `mixed` checkpoints add the file `OUTLIERS`, named in config.json under `OUTLIERS_FIELD`: for a linear layer X the
 columns of its input that are outliers (`X.outlier_columns`, int32 [J]) and the weights of 16 bits for them
-(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, for readers that do not know of the file.
-Where weights have outliers themselves it cannot hold both them and the rest: it is cut at the range of the rest, and
-the checkpoint is of a format of our own (`OWN_FORMAT`), so that others refuse it instead of answering nonsense.
+(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, and the rest of config.json describes W8A16: a
+reader who does not know of the file has every weight, and rounds no activation, which such columns would spoil. Who
+knows of it has W8A8. Where int8 cannot hold both those columns and the rest it is cut at the range of the rest, and the
+checkpoint is of a format of our own (`OWN_FORMAT`), so that others refuse it instead of answering nonsense.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from rayllm.core.errors import ConfigError
@@ -20,8 +21,8 @@ from rayllm.core.errors import ConfigError
 Scheme = Literal["w8a8", "w8a16"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 METHOD = "compressed-tensors"
-OWN_FORMAT = "rayllm-mixed"  # int-quantized, but useless without the file of outliers
-FORMATS = {"int-quantized": False, "pack-quantized": True, OWN_FORMAT: False}
+OWN_FORMAT = "rayllm-mixed"  # pack-quantized, but useless without the file of outliers
+FORMATS = {"int-quantized": False, "pack-quantized": True, OWN_FORMAT: True}
 OUTLIERS = "outliers.safetensors"
 OUTLIERS_FIELD = "int8_outliers"
 
@@ -81,26 +82,33 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if fields.get(name):
             raise _refusal(name, fields[name], "none")
-    groups = _mapping(fields.get("config_groups"), "config_groups")
+    has_outliers = config.get(OUTLIERS_FIELD) is not None
+    groups = []
+    for name, group in _mapping(fields.get("config_groups"), "config_groups").items():
+        patterns, stored = _group(name, _mapping(group, f"config_groups.{name}"), form)
+        groups.append((patterns, replace(stored, scheme="w8a8") if has_outliers else stored))
     return Quantization(
-        groups=tuple(_group(name, _mapping(group, f"config_groups.{name}"), form) for name, group in groups.items()),
-        ignore=_patterns(fields.get("ignore") or [], "ignore"),
-        has_outliers=config.get(OUTLIERS_FIELD) is not None,
+        groups=tuple(groups), ignore=_patterns(fields.get("ignore") or [], "ignore"), has_outliers=has_outliers
     )
 
 
-def write_quantization(scheme: Scheme, *, ignore: Sequence[str], needs_outliers: bool = False) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint whose linear layers, but for `ignore`, are int8 by `scheme`.
+def stored_format(scheme: Scheme, *, outliers: bool) -> Int8Format:
+    """How layers that are int8 by `scheme` are stored, and described to others; `outliers`: some columns lie apart."""
+    return Int8Format(scheme="w8a16" if outliers else scheme, packed=outliers or scheme == "w8a16")
+
+
+def write_quantization(stored: Int8Format, *, ignore: Sequence[str], needs_outliers: bool = False) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint whose linear layers, but for `ignore`, are int8 as `stored`.
 
     `needs_outliers`: what int8 holds of outlier columns is cut.
     """
-    form = "int-quantized" if scheme == "w8a8" else "pack-quantized"  # what vLLM looks for in either case
+    form = "pack-quantized" if stored.packed else "int-quantized"  # what vLLM looks for in either case
     form = OWN_FORMAT if needs_outliers else form
     group = {
         "targets": ["Linear"],
         "format": form,
         "weights": dict(_WEIGHTS),
-        "input_activations": dict(_ACTIVATIONS) if scheme == "w8a8" else None,
+        "input_activations": dict(_ACTIVATIONS) if stored.scheme == "w8a8" else None,
         "output_activations": None,
     }
     return {

@@ -20,10 +20,10 @@ from rayllm.core.errors import CheckpointError, ConfigError
 from rayllm.models.checkpoint import INDEX, WEIGHTS, Checkpoint
 from rayllm.models.decoder import Decoder
 from rayllm.models.manifest import MANIFEST
-from rayllm.models.quantization import OUTLIERS, OUTLIERS_FIELD, Scheme, write_quantization
+from rayllm.models.quantization import OUTLIERS, OUTLIERS_FIELD, Int8Format, Scheme, stored_format, write_quantization
 from rayllm.quant.calibrate import InputStatistics
 from rayllm.quant.int8_linear import linear_names
-from rayllm.quant.outliers import shared_columns
+from rayllm.quant.outliers import even_out, shared_columns
 from rayllm.quant.ranges import absmax_scale, clip_scale, relative_error, round_to_int8
 from rayllm.quant.smooth import Folds, smoothing
 from rayllm.quant.writer import ShardWriter, pack
@@ -55,6 +55,10 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         return self.outliers == "smooth"
+
+    @property
+    def stored_format(self) -> Int8Format:
+        return stored_format(self.scheme, outliers=self.outliers == "mixed")
 
     def skips(self, layer: str, stored: str) -> bool:
         names = (layer, stored, layer.rpartition(".")[2])
@@ -130,6 +134,7 @@ def convert(
         largest[layer] = _read(checkpoint, f"{layer}.weight").abs().amax(dim=0).float()
         advance(1)
     folds, columns = Folds(), dict[str, Tensor]()
+    head = "lm_head" in layers or not checkpoint.spec.tie_word_embeddings
     if recipe.outliers == "smooth":
         assert statistics is not None
         folds = smoothing(
@@ -137,11 +142,12 @@ def convert(
             recipe.scheme,
             statistics,
             lambda layer: _read(checkpoint, f"{layer}.weight"),
-            head="lm_head" in layers or not checkpoint.spec.tie_word_embeddings,
+            head=head,
         )
     elif recipe.outliers == "mixed":
         seen = {layer: [statistics[layer].largest_K] if statistics else [] for layer in layers}
         columns = shared_columns(checkpoint.spec, {layer: [*seen[layer], largest[layer]] for layer in layers})
+        folds = even_out(checkpoint.spec, columns, largest, head=head)
     writer = ShardWriter(directory)
     reports = []
     for name, tensor in _other_parameters(checkpoint, set(layers), folds):
@@ -192,7 +198,7 @@ def _convert_layer(
         stored_NK[:, columns_J.long()] = kept_NJ.float()
         writer.add_outlier(f"{stem}.outlier_columns", columns_J)
         writer.add_outlier(f"{stem}.outlier_weight", kept_NJ)
-    if recipe.scheme == "w8a16":
+    if recipe.stored_format.packed:
         writer.add(f"{stem}.weight_packed", pack(q_NK))
         writer.add(f"{stem}.weight_shape", torch.tensor(q_NK.shape))
     else:
@@ -273,7 +279,7 @@ def _write_config(checkpoint: Checkpoint, directory: Path, recipe: Recipe, repor
     ]
     config: dict[str, Any] = dict(checkpoint.config)
     config["quantization_config"] = write_quantization(
-        recipe.scheme, ignore=ignore, needs_outliers=any(report.needs_outliers for report in reports)
+        recipe.stored_format, ignore=ignore, needs_outliers=any(report.needs_outliers for report in reports)
     )
     if checkpoint.spec.tie_word_embeddings and "lm_head" in layers:
         config["tie_word_embeddings"] = False

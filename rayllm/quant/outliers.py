@@ -2,6 +2,10 @@
 
 The paper's threshold, an activation of 6, belongs to models of its time; here a column is an outlier when its inputs or
 its weights are some times the median column's. On SmolLM2-135M 6, 4 and 3 times cost 1.7, 1.0 and 0.5 % of perplexity.
+
+Other readers look for such columns in the int8 weights, where they share the others' range. There larger weights would
+cost all the others their resolution, and smaller ones, which large inputs meet, would have none themselves: `even_out`
+makes them as large as the others, and changes the inputs instead, which 16 bits do not mind.
 Letters: K inputs of a layer, J outlier columns.
 """
 
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rayllm.models.spec import DecoderSpec
+from rayllm.quant.smooth import LARGEST, Folds, input_sources
 
 THRESHOLD = 3.0
 _MOST = 16  # of K: one column in so many, lest 16 bits for all be the better choice
@@ -44,3 +49,23 @@ def shared_columns(spec: DecoderSpec, largest: Mapping[str, Sequence[Tensor]]) -
         if layers:
             columns |= dict.fromkeys(layers, outlier_columns([one for layer in layers for one in largest[layer]]))
     return columns
+
+
+def even_out(
+    spec: DecoderSpec, columns: Mapping[str, Tensor], largest_weights: Mapping[str, Tensor], *, head: bool
+) -> Folds:
+    """The outlier `columns` get weights as large as the median column's, where a factor can go before the layer.
+
+    `largest_weights`: by layer, of each column [K]. `head`: as for `input_sources`.
+    """
+    folds = Folds()
+    for source, layers in input_sources(spec, head=head):
+        int8 = [layer for layer in layers if layer in columns]
+        if int8:
+            weights_K = torch.stack([largest_weights[layer] for layer in int8]).amax(dim=0)
+            columns_J = columns[int8[0]].long()
+            excess_J = weights_K[columns_J] / weights_K.median().clamp(min=1e-12)
+            factors_K = torch.ones_like(weights_K).index_copy(0, columns_J, 1 / excess_J.clamp(1 / LARGEST, LARGEST))
+            folds.rows[source] = factors_K
+            folds.columns.update(dict.fromkeys(layers, factors_K))
+    return folds

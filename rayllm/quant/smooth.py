@@ -28,7 +28,7 @@ from rayllm.quant.ranges import absmax_scale, round_to_int8
 from rayllm_kernels import quantize_rows_reference
 
 ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_LARGEST = 2.0**12  # of a factor, and one over the smallest
+LARGEST = 2.0**12  # of a factor, and one over the smallest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,22 @@ class Folds:
         return parameter
 
 
+def input_sources(spec: DecoderSpec, *, head: bool) -> list[tuple[str, list[str]]]:
+    """Each module whose output, up to something linear, is the input of some layers, and all those layers; the way out
+    of attention has none. `head`: whether it has weights of its own, which the embedding does not share."""
+    sources: list[tuple[str, list[str]]] = [("norm", ["lm_head"])] if head else []
+    for layer in range(spec.num_layers):
+        block = f"layers.{layer}"
+        attention = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
+        gate = [f"{block}.mlp.gate_proj"] if spec.gated_mlp else []
+        up, down = f"{block}.mlp.up_proj", f"{block}.mlp.down_proj"
+        sources.append((f"{block}.input_layernorm", attention))
+        sources.append((f"{block}.post_attention_layernorm", [*gate, up]))
+        if spec.gated_mlp:
+            sources.append((up, [down]))
+    return sources
+
+
 def smoothing(
     spec: DecoderSpec,
     scheme: Scheme,
@@ -55,20 +71,9 @@ def smoothing(
     *,
     head: bool,
 ) -> Folds:
-    """`read_weight`: by layer name -> [N, K]. `head`: whether it has weights of its own, which the embedding does not
-    share."""
+    """`read_weight`: by layer name -> [N, K]. `head`: as for `input_sources`."""
     folds = Folds()
-    pairs: list[tuple[str, list[str]]] = [("norm", ["lm_head"])] if head else []
-    for layer in range(spec.num_layers):
-        block = f"layers.{layer}"
-        attention = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
-        gate = [f"{block}.mlp.gate_proj"] if spec.gated_mlp else []
-        up, down = f"{block}.mlp.up_proj", f"{block}.mlp.down_proj"
-        pairs.append((f"{block}.input_layernorm", attention))
-        pairs.append((f"{block}.post_attention_layernorm", [*gate, up]))
-        if spec.gated_mlp:
-            pairs.append((up, [down]))
-    for source, layers in pairs:
+    for source, layers in input_sources(spec, head=head):
         factors_K = _best_factors([read_weight(name).float() for name in layers], statistics[layers[0]], scheme)
         folds.rows[source] = factors_K
         folds.columns.update(dict.fromkeys(layers, factors_K))
@@ -87,7 +92,7 @@ def _factors(inputs_K: Tensor, weights_K: Tensor, alpha: float) -> Tensor:
     if alpha == 0:
         return torch.ones_like(inputs_K)
     factors_K = torch.where((inputs_K > 0) & (weights_K > 0), inputs_K**alpha / weights_K ** (1 - alpha), 1.0)
-    return factors_K.clamp(1 / _LARGEST, _LARGEST)
+    return factors_K.clamp(1 / LARGEST, LARGEST)
 
 
 def _output_error(weights: Sequence[Tensor], sample_RK: Tensor, factors_K: Tensor, scheme: Scheme) -> float:

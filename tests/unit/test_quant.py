@@ -26,10 +26,11 @@ from rayllm.quant.ranges import absmax_scale, clip_scale, round_to_int8
 from rayllm.quant.writer import ShardWriter, pack
 from tests import sharded_forward
 from tests.ranks import Ranks
-from tests.tiny_models import save_tiny, save_with_outliers
+from tests.tiny_models import save_tiny, save_with_outliers, save_with_outliers_on_the_way_out
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 101, (30,), generator=torch.Generator().manual_seed(3))
+SHORT = tuple(range(0, 31, 5))  # six sequences of five tokens
 SCHEMES: list[tuple[Scheme, Outliers]] = [
     ("w8a16", "none"),
     ("w8a16", "clip"),
@@ -71,13 +72,17 @@ def test_an_int8_model_is_what_its_file_says(case: str, scheme: Scheme, outliers
     """Against the file's numbers widened to float32 and an ordinary model with its inputs rounded."""
     save_tiny(tmp_path / "model", case)
     out = quantize(tmp_path / "model", tmp_path / "out", scheme, outliers)
-    stored = logits(load(out))
+    stored = logits(load(out), cu_seqlens=SHORT)
     widened = widen(out, tmp_path / "widened")
-    expected = logits(widened) if scheme == "w8a16" else logits_of_rounded_inputs(widened, out)
-    # A value that is rounded the other way for the last bit's sake moves a logit of W8A8 a little.
-    assert relative(stored, expected) < (1e-5 if scheme == "w8a16" else 2e-3)
-    assert relative(stored, logits(load(tmp_path / "model"))) < 0.05
-    torch.testing.assert_close(logits(load(out, fuse=True)), stored, rtol=0, atol=1e-5)
+    if scheme == "w8a8":
+        round_inputs(widened, out)
+    expected = logits(widened, cu_seqlens=SHORT)
+    # Under W8A8 a value that is rounded the other way for the last bit's sake moves the rest of its sequence, seldom.
+    same_T = (stored - expected).abs().amax(1) < 1e-5 * float(expected.abs().max())
+    assert same_T.float().mean() >= (1 if scheme == "w8a16" else 0.8)
+    assert relative(stored, expected) < 0.02
+    assert relative(stored, logits(load(tmp_path / "model"), cu_seqlens=SHORT)) < 0.05
+    torch.testing.assert_close(logits(load(out, fuse=True), cu_seqlens=SHORT), stored, rtol=0, atol=1e-5)
 
 
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
@@ -105,7 +110,8 @@ def widen(directory: Path, target: Path) -> Decoder:
     return load(target)
 
 
-def logits_of_rounded_inputs(model: Decoder, directory: Path) -> Tensor:
+def round_inputs(model: Decoder, directory: Path) -> None:
+    """Of all linear layers, but for the columns that the directory keeps in 16 bits."""
     columns = {
         name.removeprefix("model.").removesuffix(".outlier_columns"): one.long()
         for name, one in stored_tensors(directory).items()
@@ -126,7 +132,6 @@ def logits_of_rounded_inputs(model: Decoder, directory: Path) -> Tensor:
 
     for name in linear_names(model):
         model.get_submodule(name).register_forward_pre_hook(rounding(name))
-    return logits(model)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
@@ -228,16 +233,13 @@ def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def int8(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "model", "llama-gqa")
-    return quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
+    return quantize(tmp_path / "model", tmp_path / "out", "w8a8")
 
 
 def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    [path] = directory.glob("model*.safetensors")
-    tensors = load_file(path)
+    tensors = load_file(directory / "model.safetensors")
     change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-    (directory / "model.safetensors.index.json").unlink()
-    path.rename(directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"
@@ -288,14 +290,16 @@ def test_damaged_outliers(change: Callable[[dict[str, Tensor]], object], message
         load(out)
 
 
-def test_a_lost_outliers_file_is_missed(int8: Path) -> None:
-    (int8 / OUTLIERS).unlink()
+def test_a_lost_outliers_file_is_missed(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama-gqa")
+    out = quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
+    (out / OUTLIERS).unlink()
     with pytest.raises(CheckpointError, match=rf"{OUTLIERS}: no such file, though config.json names it"):
-        load(int8)
+        load(out)
 
 
 def test_a_format_that_needs_outliers_wants_them_named(tmp_path: Path) -> None:
-    save_with_outliers(tmp_path / "model")
+    save_with_outliers_on_the_way_out(tmp_path / "model")
     out = quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["format"] == OWN_FORMAT
@@ -358,9 +362,6 @@ SIZES: dict[str, dict[str, int]] = {
     "llama-biases": {"hidden_size": 192, "intermediate_size": 384},
     "llama-mqa-tied": {},
 }
-
-
-SHORT = tuple(range(0, 31, 5))  # six sequences of five tokens
 
 
 def run_ranks(
