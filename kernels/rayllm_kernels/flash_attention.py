@@ -84,12 +84,18 @@ def _by_sdpa(
     window: int | None,
 ) -> Tensor:
     """The contract by torch's own attention, one sequence after another -> out_THE."""
-    q_HTE, k_KSE, v_KSE = q_THE.transpose(0, 1), k_SKE.transpose(0, 1), v_SKE.transpose(0, 1)
-    queries_of, keys_of = list(pairwise(cu_seqlens_q_B1.tolist())), list(pairwise(cu_seqlens_k_B1.tolist()))
-    longest = max((stop - start for start, stop in keys_of), default=0)
+    q_lengths, k_lengths = _lengths(cu_seqlens_q_B1, q_THE.shape[0]), _lengths(cu_seqlens_k_B1, k_SKE.shape[0])
+    longest = max(k_lengths[:-1], default=0)
     outputs = []
-    for (q_start, q_stop), (k_start, k_stop) in zip(queries_of, keys_of, strict=True):
-        queries, keys = q_stop - q_start, k_stop - k_start
+    # Not slices: the gradient of each would be as long as all sequences together, zeros but for its own.
+    parts = zip(
+        torch.split(q_THE.transpose(0, 1), q_lengths, dim=1)[:-1],
+        torch.split(k_SKE.transpose(0, 1), k_lengths, dim=1)[:-1],
+        torch.split(v_SKE.transpose(0, 1), k_lengths, dim=1)[:-1],
+        strict=True,
+    )
+    for q_HQE, k_KSE, v_KSE in parts:
+        queries, keys = q_HQE.shape[1], k_KSE.shape[1]
         blind = queries if keys == 0 else max(0, queries - keys) if causal else 0  # leading queries that see nothing
         if blind > 0:
             outputs.append(q_THE.new_zeros(blind, *q_THE.shape[1:]))
@@ -102,19 +108,24 @@ def _by_sdpa(
         elif causal and queries != keys:
             mask = _visible(queries, keys, None, q_THE.device)
         out_1HSE = F.scaled_dot_product_attention(
-            q_HTE[None, :, q_start + blind : q_stop],
-            k_KSE[None, :, k_start:k_stop],
-            v_KSE[None, :, k_start:k_stop],
+            q_HQE[None, :, blind:] if blind else q_HQE[None],
+            k_KSE[None],
+            v_KSE[None],
             attn_mask=mask,
             is_causal=causal and mask is None,
             scale=scale,
             enable_gqa=q_THE.shape[1] != k_SKE.shape[1],
         )
         outputs.append(out_1HSE[0].transpose(0, 1))
-    rest = q_THE.shape[0] - queries_of[-1][1] if queries_of else q_THE.shape[0]
-    if rest > 0:
-        outputs.append(q_THE.new_zeros(rest, *q_THE.shape[1:]))
+    if q_lengths[-1] > 0:
+        outputs.append(q_THE.new_zeros(q_lengths[-1], *q_THE.shape[1:]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.zeros_like(q_THE)
+
+
+def _lengths(cu_seqlens_B1: Tensor, total: int) -> list[int]:
+    """Of each sequence, and last of what comes after all of them."""
+    bounds = cu_seqlens_B1.tolist()
+    return [stop - start for start, stop in pairwise([*bounds, total])]
 
 
 def _check(

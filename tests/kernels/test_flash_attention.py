@@ -1,8 +1,12 @@
 """flash_attention by torch, which serves CPU: against float64 query by query, and its gradients by differences."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rayllm_kernels import flash_attention, flash_attention_reference, flash_attention_with_lse
 from tests.kernels.flash_cases import RAGGED, Case, by_softmax, dense, make_case
@@ -112,3 +116,31 @@ def test_refusals(change: dict[str, object], message: str) -> None:
     q, k, v = (arguments.pop(name) for name in "qkv")
     with pytest.raises(ValueError, match=message):
         flash_attention(q, k, v, **arguments)  # type: ignore[arg-type]
+
+
+def test_gradients_are_as_long_as_their_sequences() -> None:
+    """What a backward pass makes of 32 sequences is no more than what it makes of one as long as all of them; the
+    gradient of a slice would be as long as everything, so 32 times as much."""
+
+    def made(lengths: list[tuple[int, int]]) -> int:
+        case = make_case(lengths, head_dim=16, pads=0)
+        out = flash_attention(*leaves(case), **case.options)  # type: ignore[arg-type]
+        with _Made() as made:
+            out.sum().backward()
+        return made.elements
+
+    assert made([(16, 16)] * 32) < 1.5 * made([(512, 512)])
+
+
+class _Made(TorchDispatchMode):
+    """Counts the elements of all results that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.elements += sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
