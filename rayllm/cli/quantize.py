@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rayllm.cli.console import print_json, print_table, progress, stdout_kept_clean
+from rayllm.cli.console import note, print_json, print_table, progress, stdout_kept_clean
 from rayllm.cli.options import Json, Model
 from rayllm.cli.units import format_bytes
 from rayllm.core.errors import ConfigError
@@ -90,10 +90,13 @@ def _quantize(model: str, out: Path, recipe: "Recipe", calibration: Path | None)
     from rayllm.models.checkpoint import Checkpoint
     from rayllm.models.hub import resolve_model
     from rayllm.quant.convert import check_weights, convert, quantized_layers
+    from rayllm.quant.outliers import split_groups
     from rayllm.quant.report import write_report
 
     checkpoint = Checkpoint.open(resolve_model(model))
     layers = quantized_layers(checkpoint, recipe)
+    if split := split_groups(checkpoint.spec, layers):
+        note(f"vLLM will not load it: it wants all of {', '.join(split[0])} in int8, or none")
     statistics, tokens = None, 0
     with publish(out.absolute()) as directory:
         if calibration is not None:

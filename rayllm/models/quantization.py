@@ -23,6 +23,7 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 METHOD = "compressed-tensors"
 OWN_FORMAT = "rayllm-mixed"  # pack-quantized, but useless without the file of outliers
 FORMATS = {"int-quantized": False, "pack-quantized": True, OWN_FORMAT: True}
+HEAD = "lm_head"
 OUTLIERS = "outliers.safetensors"
 OUTLIERS_FIELD = "int8_outliers"
 
@@ -100,12 +101,13 @@ def stored_format(scheme: Scheme, *, outliers: bool) -> Int8Format:
 def write_quantization(stored: Int8Format, *, ignore: Sequence[str], needs_outliers: bool = False) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint whose linear layers, but for `ignore`, are int8 as `stored`.
 
-    `needs_outliers`: what int8 holds of outlier columns is cut.
+    `needs_outliers`: what int8 holds of outlier columns is cut. An int8 head is named: to vLLM and SGLang it is none of
+    the `Linear` layers.
     """
     form = "pack-quantized" if stored.packed else "int-quantized"  # what vLLM looks for in either case
     form = OWN_FORMAT if needs_outliers else form
     group = {
-        "targets": ["Linear"],
+        "targets": ["Linear"] if HEAD in ignore else ["Linear", HEAD],
         "format": form,
         "weights": dict(_WEIGHTS),
         "input_activations": dict(_ACTIVATIONS) if stored.scheme == "w8a8" else None,

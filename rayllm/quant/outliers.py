@@ -9,7 +9,7 @@ makes them as large as the others, and changes the inputs instead, which 16 bits
 Letters: K inputs of a layer, J outlier columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ def input_groups(spec: DecoderSpec) -> list[list[str]]:
         groups.append([f"{block}.mlp.{part}_proj" for part in (("gate", "up") if spec.gated_mlp else ("up",))])
         groups.append([f"{block}.mlp.down_proj"])
     return [*groups, ["lm_head"]]
+
+
+def split_groups(spec: DecoderSpec, int8: Collection[str]) -> list[list[str]]:
+    """The layers that share an input of which some are `int8` and some are not: vLLM, which joins them, refuses that."""
+    return [group for group in input_groups(spec) if 0 < sum(layer in int8 for layer in group) < len(group)]
 
 
 def shared_columns(spec: DecoderSpec, largest: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:

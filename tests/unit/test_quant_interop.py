@@ -1,6 +1,9 @@
-"""What `rayllm quantize` writes loads in transformers with compressed-tensors, and answers the same there."""
+"""What `rayllm quantize` writes loads in transformers with compressed-tensors, and answers the same there;
+and vLLM, by its source, would read each layer as it is."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rayllm.cli.main import main
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.context import DenseContext
 from rayllm.models.quantization import OUTLIERS, OWN_FORMAT, Scheme
@@ -93,3 +97,79 @@ def test_columns_that_int8_cannot_hold_are_not_read_by_others(tmp_path: Path) ->
     assert relative(ours(mixed), ours(tmp_path / "model")) < 0.05
     with pytest.raises(ValueError, match=f"format.*\n.*{OWN_FORMAT}"):
         theirs(mixed)
+
+
+def in_vllm(quantization: dict[str, Any], layer: str, kind: str, shards: dict[str, list[str]]) -> bool:
+    """Whether vLLM reads one of its layers as int8, as its source has it (should_ignore_layer, find_matched_target and
+    get_quant_method in model_executor/layers/quantization/compressed_tensors at 008014e, of 2026): a joined layer is
+    ignored with all of its parts, and an error if with some of them; otherwise a target is the layer's name, or is
+    held in its class's name, whatever the case. What has no target is not quantized."""
+    (group,) = quantization["config_groups"].values()
+    parent, _, name = layer.rpartition(".")
+    parts = [f"{parent}.{part}" for part in shards.get(name, [])] or [layer]
+    ignored = {part in quantization["ignore"] for part in parts}
+    if len(ignored) > 1:
+        raise ValueError(f"Found a different quantization schemes for {parts}")
+    if ignored == {True}:
+        return False
+    return any(target == layer or target.lower() in kind.lower() for target in group["targets"])
+
+
+VLLM_LAYERS = {
+    "self_attn.qkv_proj": ("QKVParallelLinear", ["q_proj", "k_proj", "v_proj"]),
+    "self_attn.o_proj": ("RowParallelLinear", []),
+    "mlp.gate_up_proj": ("MergedColumnParallelLinear", ["gate_proj", "up_proj"]),
+    "mlp.down_proj": ("RowParallelLinear", []),
+}
+
+
+@pytest.mark.parametrize("case", ["llama-gqa", "qwen3-bias-tied"])
+@pytest.mark.parametrize(
+    ("scheme", "outliers", "skip", "int8_head"),
+    [
+        ("w8a16", "none", (), True),
+        ("w8a8", "none", ("lm_head", "down_proj"), False),
+        ("w8a8", "mixed", ("layers.1.self_attn.[qkv]_proj",), True),
+    ],
+)
+def test_vllm_would_read_each_layer_as_it_is_stored(
+    case: str, scheme: Scheme, outliers: Outliers, skip: tuple[str, ...], int8_head: bool, tmp_path: Path
+) -> None:
+    """vLLM was not run. An int8 head is a layer that only its name makes a target: ParallelLMHead is no "linear"."""
+    save_tiny(tmp_path / "model", case)
+    out = quantized(tmp_path / "model", tmp_path / "out", Recipe(scheme=scheme, outliers=outliers, skip=skip))
+    config = json.loads((out / "config.json").read_text())
+    quantization = config["quantization_config"]
+    stored = {name for path in out.glob("model*.safetensors") for name in load_file(path)}
+    shards = {name.rpartition(".")[2]: parts for name, (_, parts) in VLLM_LAYERS.items() if parts}
+    for block in range(3):
+        for name, (kind, parts) in VLLM_LAYERS.items():
+            layer = f"model.layers.{block}.{name}"
+            parent = layer.rpartition(".")[0]
+            for part in [f"{parent}.{part}" for part in parts] or [layer]:
+                assert in_vllm(quantization, layer, kind, shards) == (f"{part}.weight_scale" in stored)
+    assert in_vllm(quantization, "lm_head", "ParallelLMHead", shards) == int8_head == ("lm_head.weight_scale" in stored)
+    assert not in_vllm(quantization, "model.embed_tokens", "VocabParallelEmbedding", shards)
+    assert not (config["tie_word_embeddings"] and int8_head)  # vLLM skips what is stored of a tied head
+    (group,) = quantization["config_groups"].values()
+    form = "int-quantized" if (scheme, outliers) == ("w8a8", "none") else "pack-quantized"
+    assert (quantization["format"], group["format"]) == (form, form)
+    assert (group["input_activations"] is None) == (form == "pack-quantized")  # else there is no scheme for it
+
+
+def test_who_quantizes_is_told_what_vllm_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    told = {}
+    for skip in ("k_proj", "o_proj"):
+        monkeypatch.setattr("sys.argv", ["rayllm", "quantize", str(tiny_model), str(tmp_path / skip), "--skip", skip])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code == 0
+        told[skip] = capsys.readouterr().err
+    quantization = json.loads((tmp_path / "k_proj" / "config.json").read_text())["quantization_config"]
+    with pytest.raises(ValueError, match="different quantization schemes"):
+        in_vllm(quantization, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear", {"qkv_proj": ["q_proj", "k_proj"]})
+    assert "vLLM will not load it" in told["k_proj"]
+    assert "layers.0.self_attn.q_proj, layers.0.self_attn.k_proj, layers.0.self_attn.v_proj" in told["k_proj"]
+    assert "vLLM" not in told["o_proj"]
