@@ -5,10 +5,10 @@ Everything else is refused by name. Knows nothing of torch; reads no file.
 
 `mixed` checkpoints add the file `OUTLIERS`, named in config.json under `OUTLIERS_FIELD`: for a linear layer X the
 columns of its input that are outliers (`X.outlier_columns`, int32 [J]) and the weights of 16 bits for them
-(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, and the rest of config.json describes W8A16: a
-reader who does not know of the file has every weight, and rounds no activation, which such columns would spoil. Who
-knows of it has W8A8. Where int8 cannot hold both those columns and the rest it is cut at the range of the rest, and the
-checkpoint is of a format of our own (`OWN_FORMAT`), so that others refuse it instead of answering nonsense.
+(`X.outlier_weight`, [N, J]). The int8 weight holds those columns as well, and the rest of config.json describes W8A16:
+a reader who does not know of the file has every weight, and rounds no activation, which such columns would spoil. Who
+knows of it has W8A8. Where int8 cannot hold both those columns and the rest it is cut at the range of the rest, and
+the checkpoint is of a format of our own (`OWN_FORMAT`), so that others refuse it instead of answering nonsense.
 """
 
 import re
