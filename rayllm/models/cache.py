@@ -5,8 +5,8 @@ Knows nothing of what the directories hold.
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,12 +33,9 @@ def publish(destination: Path, *, shared: bool = False) -> Iterator[Path]:
     can be no such directory, before anything is filled, and where there is no room for it.
     """
     missing = [parent for parent in destination.parents if not os.path.lexists(parent)]  # the nearest first
-    try:
-        staging = _staging(destination, missing)
-    except OSError as error:
-        _remove_empty(missing)
-        raise ConfigError(f"{destination}: cannot be made: {error.strerror}") from error
-    try:
+    staging = destination.parent / f".{destination.name}-{secrets.token_hex(8)}"
+    try:  # around the making too: a signal may come as soon as it is there
+        _make(staging, missing, destination)
         yield staging
         for path in staging.iterdir():
             _flush(path)  # or the rename may survive a power cut that the contents do not
@@ -60,10 +57,13 @@ def publish(destination: Path, *, shared: bool = False) -> Iterator[Path]:
         _remove_empty(missing)
 
 
-def _staging(destination: Path, missing: Sequence[Path]) -> Path:
-    for parent in reversed(missing):
-        parent.mkdir(exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+def _make(staging: Path, missing: Sequence[Path], destination: Path) -> None:
+    try:
+        for parent in reversed(missing):
+            parent.mkdir(exist_ok=True)
+        staging.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"{destination}: cannot be made: {error.strerror}") from error
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:

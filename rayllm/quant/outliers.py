@@ -42,7 +42,7 @@ def input_groups(spec: DecoderSpec) -> list[list[str]]:
 
 
 def split_groups(spec: DecoderSpec, int8: Collection[str]) -> list[list[str]]:
-    """The layers that share an input of which some are `int8` and some are not: vLLM, which joins them, refuses that."""
+    """The layers that share an input of which some are `int8` and some not: vLLM, which joins them, refuses that."""
     return [group for group in input_groups(spec) if 0 < sum(layer in int8 for layer in group) < len(group)]
 
 

@@ -19,7 +19,7 @@ from rayllm.cli.options import EngineOptions
 from rayllm.core.config import SchedulerConfig
 from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
-from rayllm.models.quantization import write_quantization
+from rayllm.models.quantization import stored_format, write_quantization
 
 ENGINE = (
     "--tp --pp --dtype --quantize --max-model-len --kv-cache-memory --kv-cache-dtype --gpu-memory-fraction"
@@ -166,7 +166,7 @@ def test_plan_of_int8(rayllm, tiny_model: Path, tmp_path: Path):
     shown = json.loads(result.out)
     assert (shown["int8"], shown["bytes_per_param"], shown["kv_dtype"]) == (True, 1, "int8")
     config = json.loads((tiny_model / "config.json").read_text())
-    config["quantization_config"] = write_quantization("w8a8", ignore=[])
+    config["quantization_config"] = write_quantization(stored_format("w8a8", outliers=False), ignore=[])
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = rayllm("plan", tmp_path)
     assert result.status == 1

@@ -168,8 +168,9 @@ def test_who_quantizes_is_told_what_vllm_refuses(
         assert exit_.value.code == 0
         told[skip] = capsys.readouterr().err
     quantization = json.loads((tmp_path / "k_proj" / "config.json").read_text())["quantization_config"]
+    parts = {"qkv_proj": ["q_proj", "k_proj"]}
     with pytest.raises(ValueError, match="different quantization schemes"):
-        in_vllm(quantization, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear", {"qkv_proj": ["q_proj", "k_proj"]})
+        in_vllm(quantization, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear", parts)
     assert "vLLM will not load it" in told["k_proj"]
     assert "layers.0.self_attn.q_proj, layers.0.self_attn.k_proj, layers.0.self_attn.v_proj" in told["k_proj"]
     assert "vLLM" not in told["o_proj"]

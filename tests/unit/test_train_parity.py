@@ -16,7 +16,7 @@ from rayllm.core.types import TokenLogprobs
 from rayllm.engine import model_runner
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.decoder import Decoder
-from rayllm.models.quantization import write_quantization
+from rayllm.models.quantization import stored_format, write_quantization
 from rayllm.scheduler import sequence
 from rayllm.scheduler.block_manager import block_hash
 from rayllm.train.gap import Scored, TrainingForward
@@ -201,6 +201,6 @@ def test_bad_input_is_one_clear_error(parity, tiny_model: Path, tmp_path: Path, 
     int8 = tmp_path / "int8"
     shutil.copytree(tiny_model, int8)
     config = json.loads((int8 / "config.json").read_text())
-    config["quantization_config"] = write_quantization("w8a8", ignore=[])
+    config["quantization_config"] = write_quantization(stored_format("w8a8", outliers=False), ignore=[])
     (int8 / "config.json").write_text(json.dumps(config))
     assert "int8" in error(int8)
