@@ -130,7 +130,7 @@ def measure(timer: Timer, case: Case) -> Iterator[Figure]:
         yield Figure(
             op="paged_attention",
             case=case.name,
-            kernel=f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages} p{config.programs_per_sm}",
+            kernel=str(config),
             us=timer.median_us([lambda i=i, config=config: inputs.ours(i, config) for i in range(CACHES)]),
             moved=case.moved,
             flops=case.flops,

@@ -20,6 +20,21 @@ def tile_count(rows: int, sequences: int, block: int) -> int:
 
 
 @triton.jit
+def _begun(
+    tile: tl.tensor,
+    first: tl.tensor,
+    starts_B1: tl.tensor,
+    sequences: tl.tensor,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+) -> tl.tensor:
+    """How many of the BLOCK_B sequences from `first` on begin with `tile` or before it."""
+    index = first + tl.arange(0, BLOCK_B)
+    starts = tl.load(starts_B1 + index, mask=index <= sequences, other=0)
+    return tl.sum(((index <= sequences) & (starts // BLOCK + index <= tile)).to(tl.int32), 0)
+
+
+@triton.jit
 def find_tile(
     tile: tl.tensor,
     starts_B1: tl.tensor,
@@ -27,15 +42,19 @@ def find_tile(
     rows: tl.tensor,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> tl.tensor:
-    """Tile number -> (sequence, its first row, its length, first row of the tile within it); BLOCK_B > sequences.
+    """Tile number -> (sequence, its first row, its length, first row of the tile within it).
 
-    Surplus tiles begin at or past the length. Counts instead of searching, and nobody returns early on the result:
-    Triton specialises no warps in a kernel with a second loop or an early return.
+    Surplus tiles begin at or past the length. Looks at BLOCK_B sequences at a time or, AT_ONCE, at all, which are
+    fewer then; and nobody returns early on the result: Triton specialises no warps in a kernel with a second loop or
+    an early return.
     """
-    index = tl.arange(0, BLOCK_B)
-    starts = tl.load(starts_B1 + index, mask=index <= sequences, other=0)
-    sequence = tl.sum(((index <= sequences) & (starts // BLOCK + index <= tile)).to(tl.int32), 0) - 1
+    begun = _begun(tile, 0, starts_B1, sequences, BLOCK, BLOCK_B)
+    if not AT_ONCE:
+        for first in range(BLOCK_B, sequences + 1, BLOCK_B):
+            begun += _begun(tile, first, starts_B1, sequences, BLOCK, BLOCK_B)
+    sequence = begun - 1
     start = tl.load(starts_B1 + sequence)
     stop = tl.load(starts_B1 + sequence + 1, mask=sequence < sequences, other=0)
     stop = tl.where(sequence < sequences, stop, rows)

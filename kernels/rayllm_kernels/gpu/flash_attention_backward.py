@@ -148,7 +148,7 @@ def flash_attention_dkdv_kernel(
     """One tile of keys of one kv head, over all query heads that read it: no two programs write to one place."""
     kv_head = tl.program_id(1)
     sequence, k_start, keys, row = find_tile(
-        tl.program_id(0), k_starts_B1, sequences, key_rows, BLOCK_N, BLOCK_B
+        tl.program_id(0), k_starts_B1, sequences, key_rows, BLOCK_N, BLOCK_B, False
     )  # fmt: skip
     left = keys - row
     if left <= 0:
@@ -273,7 +273,7 @@ def flash_attention_dq_kernel(
     tile, head = tl.program_id(0), tl.program_id(1)
     if CAUSAL:
         tile = tl.num_programs(0) - 1 - tile
-    sequence, q_start, queries, row = find_tile(tile, q_starts_B1, sequences, query_rows, BLOCK_M, BLOCK_B)
+    sequence, q_start, queries, row = find_tile(tile, q_starts_B1, sequences, query_rows, BLOCK_M, BLOCK_B, False)
     left = queries - row
     if left <= 0:
         return

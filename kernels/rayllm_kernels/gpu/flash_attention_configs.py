@@ -16,6 +16,9 @@ from rayllm_kernels.gpu.flash_attention_forward import flash_attention_forward_k
 from rayllm_kernels.gpu.spec import Spec
 
 DELTA_ROWS, DELTA_WARPS = 64, 4
+# Among BLOCK_B sequences at a time a program looks for its own, so one binary serves any number of them. With more at
+# once dkdv spills (from 32 on, triton 3.6), and the specialized form, which needs all at once, does not compile.
+BLOCK_B, MOST_AT_ONCE = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +37,13 @@ class Tiling:
         return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages} {how}"
 
     def constexprs(self, *, head_dim: int, sequences: int, causal: bool, window: bool) -> dict[str, int | bool]:
-        """What all kernels but delta are compiled for."""
+        """What all kernels but delta are compiled for; the specialized form depends on the number of sequences."""
+        if self.warp_specialize and sequences >= MOST_AT_ONCE:
+            raise ValueError(f"{sequences} sequences: the specialized form takes less than {MOST_AT_ONCE}")
         return {
             "HEAD_DIM": head_dim,
             "BLOCK_E": block_e(head_dim),
-            "BLOCK_B": triton.next_power_of_2(sequences + 1),
+            "BLOCK_B": triton.next_power_of_2(sequences + 1) if self.warp_specialize else BLOCK_B,
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "CAUSAL": causal,
@@ -97,7 +102,7 @@ BACKWARD_Q: Table = {
 }
 # Other devices and head sizes, up to 128 and above: at most 99 KB of shared memory, which all from sm_80 on have.
 _PORTABLE = (_pointers(64, 32, 4, 2), _pointers(32, 32, 4, 1))
-_PORTABLE_KV = (_pointers(16, 64, 8, 2), _pointers(16, 32, 4, 1))
+_PORTABLE_KV = (_pointers(16, 64, 8, 2), _pointers(16, 32, 8, 1))
 
 
 def tiling(table: Table, x_THE: Tensor) -> Tiling:
@@ -127,11 +132,12 @@ def _spec(
     *,
     head_dim: int,
     dtype: str = "bf16",
-    causal: bool = True,
-    window: bool = False,
+    mask: str = "causal",
 ) -> Spec:
-    """A kernel for up to 15 sequences."""
-    constexprs: dict[str, object] = dict(tile.constexprs(head_dim=head_dim, sequences=15, causal=causal, window=window))
+    """`mask`: causal, window or full. The specialized form is the one for most sequences."""
+    constexprs: dict[str, object] = dict(
+        tile.constexprs(head_dim=head_dim, sequences=MOST_AT_ONCE - 1, causal=mask != "full", window=mask == "window")
+    )
     if kernel is flash_attention_forward_kernel:
         constexprs["WARP_SPECIALIZE"] = tile.warp_specialize
     queries = _tile_type(dtype, tile.block_m, head_dim, tile.tma)
@@ -140,7 +146,6 @@ def _spec(
     types |= dict.fromkeys(("out", "dq", "dk", "dv"), f"*{dtype}") | dict.fromkeys(("lse", "delta"), "*fp32")
     types |= dict.fromkeys(("q_starts_B1", "k_starts_B1"), "*i32")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
-    mask = "window" if window else "causal" if causal else "full"
     owned = tile.block_n if kernel is flash_attention_dkdv_kernel else tile.block_m
     expects = {"wgmma": owned >= 64, "tma": tile.tma, "setmaxnreg": tile.warp_specialize}
     return Spec(
@@ -170,6 +175,15 @@ def _delta_spec(head_dim: int, dtype: str, *, of_lse: bool) -> Spec:
     )
 
 
+def _masked(part: str, kernel: JITFunction, tile: Tiling, head_dim: int) -> list[Spec]:
+    """Whatever a model may ask of a tiling that serves its head size."""
+    return [
+        _spec(part, kernel, tile, head_dim=head_dim, dtype=dtype, mask=mask)
+        for dtype in ("bf16", "fp16")
+        for mask in ("causal", "full", "window")
+    ]
+
+
 def _specs() -> list[Spec]:
     parts = (
         ("forward", flash_attention_forward_kernel, FORWARD),
@@ -179,11 +193,10 @@ def _specs() -> list[Spec]:
     specs = []
     for part, kernel, table in parts:
         for head_dim, (shipped, *others) in table.items():
-            specs += [_spec(part, kernel, tile, head_dim=head_dim) for tile in (shipped, *others)]
-            specs.append(_spec(part, kernel, shipped, head_dim=head_dim, causal=False))
-            specs.append(_spec(part, kernel, shipped, head_dim=head_dim, window=True))
-            specs.append(_spec(part, kernel, shipped, head_dim=head_dim, dtype="fp16"))
-        specs += [_spec(part, kernel, _portable(table, head_dim), head_dim=head_dim) for head_dim in (32, 128, 256)]
+            specs += [_spec(part, kernel, tile, head_dim=head_dim) for tile in others]
+            specs += _masked(part, kernel, shipped, head_dim)
+        for head_dim in (32, 128, 256):
+            specs += _masked(part, kernel, _portable(table, head_dim), head_dim)
     specs += [_delta_spec(head_dim, "bf16", of_lse=False) for head_dim in FORWARD]
     return [*specs, _delta_spec(128, "bf16", of_lse=True), _delta_spec(128, "fp16", of_lse=False)]
 

@@ -111,7 +111,9 @@ def flash_attention_forward_kernel(
     tile, head = tl.program_id(0), tl.program_id(1)
     if CAUSAL:  # the tiles with most keys first, so that no long one is left alone at the end
         tile = tl.num_programs(0) - 1 - tile
-    sequence, q_start, queries, row = find_tile(tile, q_starts_B1, sequences, query_rows, BLOCK_M, BLOCK_B)
+    sequence, q_start, queries, row = find_tile(
+        tile, q_starts_B1, sequences, query_rows, BLOCK_M, BLOCK_B, WARP_SPECIALIZE
+    )
     k_start, keys = find_partner(sequence, k_starts_B1, sequences)
     begin, full_begin, full_end, end = key_range(
         row, queries, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW

@@ -6,6 +6,7 @@ W8A16 splits K, and a second launch joins the parts.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -284,16 +285,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _spec_w8a8(tiles: Tiles, *, outliers: bool) -> Spec:
+def _name(tiles: Tiles, dtype: str, bias: bool, whole_k: bool) -> str:
+    how = f"{'' if dtype == 'bf16' else f'_{dtype}'}{'_bias' * bias}{'' if whole_k else '_ragged'}"
+    return f"{tiles.t}x{tiles.n}x{tiles.k}_w{tiles.num_warps}_s{tiles.num_stages}{how}"
+
+
+def _spec_w8a8(tiles: Tiles, *, outliers: bool, dtype: str = "bf16", bias: bool = False, whole_k: bool = True) -> Spec:
     pointers = {
         "q_ptr": "*i8",
         "weight_ptr": "*i8",
         "x_scale_ptr": "*fp32",
         "scale_ptr": "*fp32",
-        "bias_ptr": "*bf16",
-        "kept_ptr": "*bf16",
+        "bias_ptr": f"*{dtype}",
+        "kept_ptr": f"*{dtype}",
         "outlier_ptr": "*bf16",
-        "out_ptr": "*bf16",
+        "out_ptr": f"*{dtype}",
     }
     constexprs: dict[str, object] = {
         "BLOCK_T": tiles.t,
@@ -301,11 +307,11 @@ def _spec_w8a8(tiles: Tiles, *, outliers: bool) -> Spec:
         "BLOCK_K": tiles.k,
         "BLOCK_J": 16 if outliers else 0,
         "GROUP": _GROUP,
-        "WHOLE_K": True,
-        "HAS_BIAS": False,
+        "WHOLE_K": whole_k,
+        "HAS_BIAS": bias,
     }
     return Spec(
-        name=f"w8a8_{tiles.t}x{tiles.n}x{tiles.k}_w{tiles.num_warps}_s{tiles.num_stages}{'_mixed' * outliers}",
+        name=f"w8a8_{_name(tiles, dtype, bias, whole_k)}{'_mixed' * outliers}",
         kernel=w8a8_kernel,
         signature=pointers | dict.fromkeys(("T", "N", "K", "J"), "i32") | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
@@ -316,7 +322,7 @@ def _spec_w8a8(tiles: Tiles, *, outliers: bool) -> Spec:
     )
 
 
-def _spec_w8a16(tiles: Tiles, *, split: bool, dtype: str = "bf16") -> Spec:
+def _spec_w8a16(tiles: Tiles, *, split: bool, dtype: str = "bf16", bias: bool = False, whole_k: bool = True) -> Spec:
     pointers = {
         "x_ptr": f"*{dtype}",
         "weight_ptr": "*i8",
@@ -328,14 +334,13 @@ def _spec_w8a16(tiles: Tiles, *, split: bool, dtype: str = "bf16") -> Spec:
         "BLOCK_T": tiles.t,
         "BLOCK_N": tiles.n,
         "BLOCK_K": tiles.k,
-        "WHOLE_K": True,
-        "HAS_BIAS": False,
+        "WHOLE_K": whole_k,
+        "HAS_BIAS": bias,
         "SPLIT": split,
     }
     numbers = ("T", "N", "K", "K_PER_SPLIT")
     return Spec(
-        name=f"w8a16_{tiles.t}x{tiles.n}x{tiles.k}_w{tiles.num_warps}_s{tiles.num_stages}{'_split' * split}"
-        f"{'' if dtype == 'bf16' else f'_{dtype}'}",
+        name=f"w8a16_{_name(tiles, dtype, bias, whole_k)}{'_split' * split}",
         kernel=w8a16_kernel,
         signature=pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
@@ -401,10 +406,15 @@ def _spec_join() -> Spec:
 def _specs() -> list[Spec]:
     w8a8 = [tiles for choices in W8A8.values() for tiles in choices]
     w8a16 = [(tiles, most <= _SPLIT_ROWS) for most, choices in W8A16.items() for tiles in choices]
+    # Of the tiles in use what else a model may ask of them; K need not be a multiple of theirs
+    others: tuple[dict[str, Any], ...] = ({"dtype": "fp16"}, {"bias": True}, {"whole_k": False})
+    small = [most for most in W8A16 if most <= _SPLIT_ROWS]
     return [
         *(_spec_w8a8(tiles, outliers=outliers) for tiles in w8a8 for outliers in (False, True)),
         *(_spec_w8a16(tiles, split=split) for tiles, split in w8a16),
-        *(_spec_w8a16(tiles_for(W8A16, most), split=most <= _SPLIT_ROWS, dtype="fp16") for most in W8A16),
+        *(_spec_w8a8(tiles_for(W8A8, most), outliers=True, **other) for most in W8A8 for other in others),
+        *(_spec_w8a16(tiles_for(W8A16, most), split=False, **other) for most in W8A16 for other in others),
+        *(_spec_w8a16(tiles_for(W8A16, most), split=True, **other) for most in small for other in others),
         *(_spec_w8a16(_FLOAT32, split=split, dtype="fp32") for split in (False, True)),
         *(_spec_quantize(outliers=outliers, given=given) for outliers in (False, True) for given in (False, True)),
         *(_spec_bounds(outliers=outliers) for outliers in (False, True)),

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -30,6 +31,9 @@ class Config:
     whole_tiles: bool = False
     min_tiles: int = 4
     programs_per_sm: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.tile} w{self.num_warps} s{self.num_stages} p{self.programs_per_sm}"
 
 
 def _prefill(block_m: int, tile: int, num_warps: int, num_stages: int) -> Config:
@@ -295,9 +299,10 @@ def _spec(
     int8: bool = False,
     window: bool = False,
     dtype: str = "bf16",
+    group: int = 4,
 ) -> Spec:
-    """`attend_kernel` for pages of 16 tokens and 8 kv heads, each of which 4 query heads share; q in `dtype`."""
-    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=int8, window=window)
+    """`attend_kernel` for pages of 16 tokens and 8 kv heads, each of which `group` query heads share; q in `dtype`."""
+    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=int8, window=window, group=group)
     cache, scales = ("*i8", "*fp32") if int8 else (f"*{dtype}", "constexpr")
     pointers = {
         "q": f"*{dtype}",
@@ -341,11 +346,11 @@ def _spec_join(config: Config, *, decode: bool, head_dim: int) -> Spec:
     )
 
 
-def _shipped(config: Config, *, decode: bool, head_dim: int, int8: bool, window: bool) -> Problem:
+def _shipped(config: Config, *, decode: bool, head_dim: int, int8: bool, window: bool, group: int = 4) -> Problem:
     return Problem(
         config=config,
         kv_heads=8,
-        group=4,
+        group=group,
         head_dim=head_dim,
         page=16,
         window=window,
@@ -355,28 +360,27 @@ def _shipped(config: Config, *, decode: bool, head_dim: int, int8: bool, window:
 
 
 def _specs() -> list[Spec]:
+    """Of the configuration in use whatever a model may ask of it; of the others what the benchmark compares."""
     specs = []
-    for decode, head_dim in CONFIGS:
+    for decode, head_dim in product((True, False), (64, 80, 96, 128, 256)):
         kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
         for int8 in (False, True):
-            for config in configs_for(head_dim, decode=decode, int8=int8):
-                tiles = f"{config.block_m}x{config.tile} w{config.num_warps} s{config.num_stages}"
-                name = f"{kind} {'int8 ' if int8 else ''}{tiles} p{config.programs_per_sm}"
+            first, *others = configs_for(head_dim, decode=decode, int8=int8)
+            for dtype, window in product(("bf16", "fp16"), (False, True)):
+                name = f"{kind}{' int8' if int8 else ''} {dtype}{' window' if window else ''} {first}"
+                specs.append(
+                    _spec(name, first, decode=decode, head_dim=head_dim, int8=int8, window=window, dtype=dtype)
+                )
+            for config in others if (decode, head_dim) in CONFIGS else ():
+                name = f"{kind}{' int8' if int8 else ''} bf16 {config}"
                 specs.append(_spec(name, config, decode=decode, head_dim=head_dim, int8=int8))
-            first = configs_for(head_dim, decode=decode, int8=int8)[0]
-            name = f"{kind} {'int8 ' if int8 else ''}window"
-            specs.append(_spec(name, first, decode=decode, head_dim=head_dim, int8=int8, window=True))
-        first = configs_for(head_dim, decode=decode, int8=False)[0]
-        for config, dtype in ((first, "fp16"), (_FLOAT32, "fp32")):
-            specs.append(_spec(f"{kind} {dtype}", config, decode=decode, head_dim=head_dim, dtype=dtype))
-        specs.append(_spec_join(first, decode=decode, head_dim=head_dim))
-    for decode in (True, False):
-        for head_dim in (80, 96):
-            kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
-            for int8 in (False, True):
-                config = configs_for(head_dim, decode=decode, int8=int8)[0]
-                name = f"{kind}{' int8' if int8 else ''}"
-                specs.append(_spec(name, config, decode=decode, head_dim=head_dim, int8=int8))
+        if (decode, head_dim) in CONFIGS:
+            first = configs_for(head_dim, decode=decode, int8=False)[0]
+            for group in (1, 3):
+                name = f"{kind} bf16 group {group} {first}"
+                specs.append(_spec(name, first, decode=decode, head_dim=head_dim, group=group))
+            specs.append(_spec(f"{kind} fp32", _FLOAT32, decode=decode, head_dim=head_dim, dtype="fp32"))
+            specs.append(_spec_join(first, decode=decode, head_dim=head_dim))
     return specs
 
 

@@ -62,6 +62,18 @@ def test_lengths_on_and_off_the_tile(lengths: list[tuple[int, int]], causal: boo
     check_all(make_case(lengths, heads=2, kv_heads=1, causal=causal, pads=0), SMALL, DESCRIPTORS)
 
 
+@pytest.mark.parametrize("count", [15, 16, 40])
+def test_more_sequences_than_a_program_looks_at_at_once(count: int) -> None:
+    lengths = [(b % 3, b % 4 + 1) for b in range(count)]
+    check_all(make_case(lengths, heads=1, kv_heads=1, head_dim=16), SMALL)
+
+
+def test_the_specialised_form_refuses_more_sequences_than_it_compiles_for() -> None:
+    case = make_case([(1, 1)] * 64, heads=1, kv_heads=1, head_dim=16)
+    with pytest.raises(ValueError, match="64 sequences: the specialized form takes less than 64"):
+        forward(case.q, case.k, case.v, Pattern(*case.pattern), SPECIALISED)
+
+
 @pytest.mark.parametrize("tile", [SMALL, DESCRIPTORS], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_queries_that_see_nothing_give_zeros(causal: bool, tile: Tiling) -> None:
