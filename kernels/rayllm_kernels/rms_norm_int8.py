@@ -3,9 +3,10 @@
 By definition `quantize_rows(rms_norm(x))`, and on one device the same bits: a row's values are rounded to the dtype of
 x before its scale is taken. No gradients, and no outlier columns.
 
-The layers of a model do not use it yet: there a norm hands a tensor of x's dtype to whichever linear layer follows, and
-a pair of integers and scales would have to be understood by all of them. On a GPU `gpu.int8_linear.w8a8_product` takes
-what comes out here.
+The layers of a model do not use it: there a norm hands a tensor of x's dtype to whichever linear layer follows, and a
+pair of integers and scales would have to be understood by all of them. On a GPU `gpu.int8_linear.w8a8_product` takes
+what comes out here; on CPU quantizing is part of the product for few rows and a small share of it for many
+(`kernels/README.md`), so there is nothing to gain.
 """
 
 from torch import Tensor
