@@ -1,4 +1,4 @@
-"""Flash attention on a GPU, forward and backward: TFLOP/s of each configuration that ships, against torch's own.
+"""Flash attention on a GPU, forward and backward: TFLOP/s of each configuration that ships, and of torch's own.
 
 16384 tokens of 2048 features in each case, as FlashAttention's papers have it: heads and sequences are cut from them.
 Backward counts 2.5 times the operations of forward, which is without those that are done twice. `packed` is one batch
@@ -117,21 +117,29 @@ class Inputs:
         return [prepare(dout, q, k, v) for q, k, v, dout in self.sets]
 
 
-def torchs(timer: Timer, make: Callable[[SDPBackend], list[Call]], *, graph: bool) -> tuple[str | None, float | None]:
-    """(Name, microseconds) of torch's fastest: which serve a shape depends on its version."""
-    found = []
+def torchs(timer: Timer, make: Callable[[SDPBackend], list[Call]], *, graph: bool) -> dict[str, float]:
+    """Microseconds by name; which serve a shape depends on torch's version."""
+    found = {}
     for name, backend in BACKENDS.items():
         try:
-            found.append((timer.median_us(make(backend), graph=graph), name))
+            found[name] = timer.median_us(make(backend), graph=graph)
         except RuntimeError as error:  # torch says "No available kernel"
             if "vailable kernel" not in str(error):
                 raise
-    return (min(found)[1], min(found)[0]) if found else (None, None)
+    return found
+
+
+def fastest(found: dict[str, float]) -> tuple[str | None, float | None]:
+    return min(found.items(), key=lambda each: each[1]) if found else (None, None)
 
 
 def measure(timer: Timer, case: Case) -> Iterator[Figure]:
+    """torch's backends in rows of their own; the ratios of ours are to the faster one."""
     inputs = Inputs(case)
-    name, theirs_us = torchs(timer, inputs.torch_forward, graph=True)
+    found = torchs(timer, inputs.torch_forward, graph=True)
+    for name, us in found.items():
+        yield Figure(op="flash_attention", case=case.name, kernel=name, us=us, flops=case.flops)
+    name, theirs_us = fastest(found)
     for tile in FORWARD[case.head_dim]:
         yield Figure(
             op="flash_attention",
@@ -143,7 +151,10 @@ def measure(timer: Timer, case: Case) -> Iterator[Figure]:
             baseline_us=theirs_us,
         )
     # Neither side in a CUDA graph: torch's gradients come out of its autograd.
-    name, theirs_us = torchs(timer, inputs.torch_backward, graph=False)
+    found = torchs(timer, inputs.torch_backward, graph=False)
+    for name, us in found.items():
+        yield Figure(op="flash_attention bwd", case=case.name, kernel=name, us=us, flops=2.5 * case.flops)
+    name, theirs_us = fastest(found)
     (kv_first, *kv_others), (q_first, *q_others) = BACKWARD_KV[case.head_dim], BACKWARD_Q[case.head_dim]
     for kv_tile, q_tile in [
         (kv_first, q_first),
