@@ -41,7 +41,7 @@ def quantize(
             "--outliers",
             help="What to do about values far larger than the rest. clip: cut weights where that costs least; smooth:"
             " move the spread of activations into the weights (needs --calibration); mixed: keep such columns in 16"
-            " bits, finding those of activations by --calibration. [smooth with --calibration, else none]",
+            " bits, finding those of activations by --calibration. [smooth with --calibration, else clip]",
         ),
     ] = None,
     calibration: Annotated[
@@ -69,7 +69,7 @@ def quantize(
     """
     from rayllm.quant.convert import Recipe
 
-    outliers = outliers or ("none" if calibration is None else "smooth")
+    outliers = outliers or ("clip" if calibration is None else "smooth")
     recipe = Recipe(scheme=scheme, outliers=outliers, skip=tuple(skip or ()))
     if recipe.needs_calibration and calibration is None:
         raise ConfigError(f"outliers: {outliers} needs --calibration FILE, a text such as the model will see")
