@@ -92,6 +92,10 @@ def main() -> None:
     except RayLLMError as error:
         note(f"error: {error}")
         sys.exit(1)
+    except SystemExit as exit_:
+        if exit_.code == signal.SIGTERM:  # Ray's handler exits with the bare number of the signal
+            sys.exit(128 + signal.SIGTERM)
+        raise
     finally:
         if signal.getsignal(signal.SIGTERM) is _terminate:  # `serve`, once it stops, ignores it to the end
             signal.signal(signal.SIGTERM, before)

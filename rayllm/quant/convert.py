@@ -29,9 +29,9 @@ from rayllm.quant.smooth import Folds, smoothing
 from rayllm.quant.writer import ShardWriter, pack
 
 Outliers = Literal["none", "clip", "smooth", "mixed"]
-# The ranges of a layer may widen by a quarter, on average, to hold its outlier columns for other readers too. Those of
-# SmolLM2-135M widen by 17 % in one layer, by 0.6 % in all.
-_MOST_WIDENED = 1.25
+# The ranges of a layer may widen by half, on average, to hold its outlier columns for other readers too. Those of
+# SmolLM2-135M widen by 17 to 21 % in one layer and by a few % at most in others, as the calibration has it.
+_MOST_WIDENED = 1.5
 OUTLIERS_CHOICES: tuple[Outliers, ...] = get_args(Outliers)
 
 

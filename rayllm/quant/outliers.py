@@ -5,7 +5,8 @@ its weights are some times the median column's. On SmolLM2-135M 6, 4 and 3 times
 
 Other readers look for such columns in the int8 weights, where they share the others' range. There larger weights would
 cost all the others their resolution, and smaller ones, which large inputs meet, would have none themselves: `even_out`
-makes them as large as the others, and changes the inputs instead, which 16 bits do not mind.
+makes them about as large as the others, and changes the inputs instead, which 16 bits do not mind. The factors are
+powers of two, so that neither the columns kept nor the norms lose a bit.
 Letters: K inputs of a layer, J outlier columns.
 """
 
@@ -59,7 +60,7 @@ def shared_columns(spec: DecoderSpec, largest: Mapping[str, Sequence[Tensor]]) -
 def even_out(
     spec: DecoderSpec, columns: Mapping[str, Tensor], largest_weights: Mapping[str, Tensor], *, head: bool
 ) -> Folds:
-    """The outlier `columns` get weights as large as the median column's, where a factor can go before the layer.
+    """The outlier `columns` get weights about as large as the median column's, where a factor can go before the layer.
 
     `largest_weights`: by layer, of each column [K]. `head`: as for `input_sources`.
     """
@@ -70,7 +71,8 @@ def even_out(
             weights_K = torch.stack([largest_weights[layer] for layer in int8]).amax(dim=0)
             columns_J = columns[int8[0]].long()
             excess_J = weights_K[columns_J] / weights_K.median().clamp(min=1e-12)
-            factors_K = torch.ones_like(weights_K).index_copy(0, columns_J, 1 / excess_J.clamp(1 / LARGEST, LARGEST))
+            factors_J = excess_J.clamp(1 / LARGEST, LARGEST).log2().round().neg().exp2()
+            factors_K = torch.ones_like(weights_K).index_copy(0, columns_J, factors_J)
             folds.rows[source] = factors_K
             folds.columns.update(dict.fromkeys(layers, factors_K))
     return folds

@@ -1,4 +1,4 @@
-"""The processes of `rayllm serve`: told to stop before it is ready, and killed from outside."""
+"""The processes of `rayllm serve`: told to stop before it is ready, killed from outside; and over an int8 directory."""
 
 import os
 import signal
@@ -11,6 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from rayllm.core.config import CacheConfig
+from rayllm.core.types import SamplingParams
+from rayllm.engine.llm import LLM
 from tests.e2e.endpoint import free_ports
 from tests.ray.processes import descendants, wait_gone
 
@@ -98,3 +101,34 @@ def test_a_killed_proxy_takes_haproxy_along_and_both_come_back(tiny_model: Path)
         server.communicate()
     assert server.returncode == 0
     assert wait_gone(started, 10) == set()
+
+
+@pytest.mark.parametrize(
+    "options", [("--scheme", "w8a16"), ("--scheme", "w8a8", "--outliers", "mixed")], ids=["w8a16", "w8a8-mixed"]
+)
+def test_an_int8_directory_answers_as_it_does_offline(
+    tiny_model: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """As `rayllm quantize` has written it."""
+    out = tmp_path / "int8"
+    rayllm = Path(sys.executable).with_name("rayllm")
+    subprocess.run([rayllm, "quantize", tiny_model, out, *options], check=True)
+    prompts = ["Once upon a time", "한국어", "the"]
+    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM(str(tiny_model), cache=CacheConfig(num_blocks=100)) as llm:
+        exact = [llm.generate(prompt, greedy)[0].outputs[0].token_ids for prompt in prompts]
+    with LLM(str(out), cache=CacheConfig(num_blocks=100)) as llm:
+        expected = [llm.generate(prompt, greedy)[0].outputs[0].token_ids for prompt in prompts]
+    assert expected != exact, "these prompts do not tell int8 weights from others"
+    server, url = start(out)
+    try:
+        assert server.stdout is not None
+        assert "is ready" in server.stdout.readline()
+        body = {"model": "int8", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        for prompt, token_ids in zip(prompts, expected, strict=True):
+            answer = httpx.post(f"{url}/v1/completions", json={**body, "prompt": prompt}, timeout=60)
+            assert answer.raise_for_status().json()["choices"][0]["token_ids"] == token_ids
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate()
+    assert server.returncode == 0

@@ -1,7 +1,11 @@
 """Packing by Ray Data equals packing in one process, and its errors are as clear."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from rayllm.train.data.pack import PackSettings, pack, prepare
 from rayllm.train.data.rows import Kind
 from rayllm.train.data.tokenize import tokenize_chunk
 from rayllm_cluster.session import Session
+from tests.ray.processes import descendants, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -86,3 +91,34 @@ def test_from_the_command_line(session: Session, tmp_path: Path, tiny_model: Pat
     held = sum(sum(dataset.row(sample).document_lengths) for sample in range(len(dataset)))
     assert facts["padding"] == pytest.approx(1 - held / (32 * len(dataset)))
     assert output.err == "checked: 20 rows, 1 files\n"
+
+
+def tokenizes(pid: int) -> bool:
+    try:
+        return "ray::MapBatches" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has ended meanwhile
+        return False
+
+
+def test_terminated_leaves_nothing_behind(tmp_path: Path, tiny_model: Path):
+    """While Ray works: neither the directory half made, nor the one above it, nor a process."""
+    texts = write(tmp_path / "a.jsonl", [{"text": "the quick brown fox " * 200}] * 40_000)
+    command = [sys.executable, "-m", "rayllm", "data", "pack", texts, "--output", tmp_path / "new" / "packed"]
+    options = ["--tokenizer", tiny_model, "--sequence-length", "512"]
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen([*command, *options], env=alone, stderr=subprocess.PIPE, text=True)
+    started: set[int] = set()
+    while not any(map(tokenizes, descendants(process.pid))):
+        assert process.poll() is None
+        started |= descendants(process.pid)
+        time.sleep(0.01)
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    process.send_signal(signal.SIGTERM)
+    while process.poll() is None:
+        started |= descendants(process.pid)
+        time.sleep(0.01)
+    _, errors = process.communicate()
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == [texts]
+    assert wait_gone(started, 10) == set()
