@@ -73,10 +73,11 @@ def check_mixed_step(dtype: torch.dtype, window: int | None, prompts: int) -> No
     starts_B1, first = starts_of(QUERIES), len(PARTS) - prompts
     step = replace(
         whole,
-        query_start_B1=starts_B1,
+        rows_B=whole.rows_B[:first],
+        query_start_B1=starts_B1[: first + 1],
+        context_lens_B=whole.context_lens_B[:first],
         slots_T=whole.slots_T[in_step],
         prompts=Prompts(
-            first_sequence=first,
             first_token=int(starts_B1[first]),
             cu_seqlens=starts_B1[first:] - starts_B1[first],
         ),

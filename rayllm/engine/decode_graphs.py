@@ -63,7 +63,6 @@ class DecodeGraphs:
             query_start_B1=self._query_start_R1[: num_seqs + 1],
             context_lens_B=self._context_lens_R[:num_seqs],
             slots_T=self._slots_R[:num_seqs],
-            prompts=None,  # one of a single token attends over its page as the others do
         )
         try:
             graph = capture(lambda: self._model.transform(x_TD, rotation, fixed), self._workspace)

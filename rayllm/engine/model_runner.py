@@ -15,7 +15,7 @@ from rayllm.core.errors import ConfigError
 from rayllm.engine.decode_graphs import DecodeGraphs
 from rayllm.engine.kv_cache import KVCache, KVLayout, cache_dtype, num_blocks_that_fit
 from rayllm.engine.paged_context import PagedContext, Prompts
-from rayllm.engine.persistent_batch import PersistentBatch, StepArrays
+from rayllm.engine.persistent_batch import Ints, PersistentBatch, StepArrays
 from rayllm.engine.sampler import Sampler
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.decoder import Decoder
@@ -179,15 +179,18 @@ class ModelRunner:
     def _forward(self, arrays: StepArrays) -> Tensor:
         model, graphs = self._served.model, self._served.graphs
         num_tokens = len(arrays.tokens_T)
+        shortest = self._shortest_flash_prompt
+        num_prompts = 0 if shortest is None else arrays.num_prompts(shortest)
+        num_paged = len(arrays.rows_B) - num_prompts
         context = PagedContext(
             cache=self._cache,
             block_tables_RM=self._on_device(self._rows.block_tables_RM),
-            rows_B=self._on_device(arrays.rows_B),
-            query_start_B1=self._on_device(arrays.query_start_B1),
-            context_lens_B=self._on_device(arrays.context_lens_B),
+            rows_B=self._on_device(arrays.rows_B[:num_paged]),
+            query_start_B1=self._on_device(arrays.query_start_B1[: num_paged + 1]),
+            context_lens_B=self._on_device(arrays.context_lens_B[:num_paged]),
             slots_T=self._on_device(arrays.slots_T),
             rope_lengths_T=self._on_device(arrays.rope_lengths_T) if self._dynamic_rope else None,
-            prompts=self._prompts(arrays),
+            prompts=self._prompts(arrays.query_start_B1[num_paged:]) if num_prompts else None,
         )
         if self._mesh.is_first_stage:
             x = self._on_device(arrays.tokens_T)
@@ -197,18 +200,8 @@ class ModelRunner:
         x_TD, rotation = model.embed(x, self._on_device(arrays.positions_T), context.rope_lengths_T)
         return (model if graphs is None else graphs).transform(x_TD, rotation, context)
 
-    def _prompts(self, arrays: StepArrays) -> Prompts | None:
-        shortest = self._shortest_flash_prompt
-        count = 0 if shortest is None else arrays.num_prompts(shortest)
-        if count == 0:
-            return None
-        first = len(arrays.rows_B) - count
-        starts_B1 = arrays.query_start_B1[first:]
-        return Prompts(
-            first_sequence=first,
-            first_token=int(starts_B1[0]),
-            cu_seqlens=self._on_device(starts_B1 - starts_B1[0]),
-        )
+    def _prompts(self, starts_B1: Ints) -> Prompts:
+        return Prompts(first_token=int(starts_B1[0]), cu_seqlens=self._on_device(starts_B1 - starts_B1[0]))
 
     def _sample(
         self, batch: Batch, arrays: StepArrays, hidden_TD: Tensor

@@ -15,14 +15,16 @@ from rayllm_kernels import flash_attention, paged_attention, rotary_store_kv, st
 class Prompts:
     """The sequences at the end of a step that have their whole context in it, and attend without pages."""
 
-    first_sequence: int
     first_token: int
     cu_seqlens: Tensor  # int32, counted from `first_token`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PagedContext:
-    """A `ForwardContext` over the paged cache; see `PersistentBatch.step` for the arrays."""
+    """A `ForwardContext` over the paged cache; see `PersistentBatch.step` for the arrays.
+
+    `rows_B`, `query_start_B1` and `context_lens_B` are of the sequences that attend over pages, `slots_T` of all tokens.
+    """
 
     cache: KVCache
     block_tables_RM: Tensor
@@ -53,7 +55,7 @@ class PagedContext:
                 q_THE, k_TKE = rotation.apply(q_THE, k_TKE)
             store_kv(k_TKE, v_TKE, *target)
         if self.prompts is None:
-            return self._attend_pages(layer, q_THE, len(self.rows_B), scale, window)
+            return self._attend_pages(layer, q_THE, scale, window)
         first = self.prompts.first_token
         of_prompts_THE = flash_attention(
             q_THE[first:],
@@ -66,11 +68,10 @@ class PagedContext:
         )
         if first == 0:
             return of_prompts_THE
-        of_pages_THE = self._attend_pages(layer, q_THE[:first], self.prompts.first_sequence, scale, window)
+        of_pages_THE = self._attend_pages(layer, q_THE[:first], scale, window)
         return torch.cat((of_pages_THE, of_prompts_THE))
 
-    def _attend_pages(self, layer: int, q_THE: Tensor, num_sequences: int, scale: float, window: int | None) -> Tensor:
-        """For the first sequences of the step, whose queries `q_THE` are."""
+    def _attend_pages(self, layer: int, q_THE: Tensor, scale: float, window: int | None) -> Tensor:
         k_pages, v_pages, k_scales, v_scales = self.cache.pages(layer)
         return paged_attention(
             q_THE,
@@ -79,9 +80,9 @@ class PagedContext:
             k_scales_NPK=k_scales,
             v_scales_NPK=v_scales,
             block_tables_RM=self.block_tables_RM,
-            rows_B=self.rows_B[:num_sequences],
-            query_start_B1=self.query_start_B1[: num_sequences + 1],
-            context_lens_B=self.context_lens_B[:num_sequences],
+            rows_B=self.rows_B,
+            query_start_B1=self.query_start_B1,
+            context_lens_B=self.context_lens_B,
             scale=scale,
             window=window,
         )

@@ -51,26 +51,20 @@ class Gap:
     kl: float
 
 
-def load_decoder(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Whole, and with no gradients, by the loader of training. Raises ConfigError for int8 weights."""
-    weights = stored_weights(checkpoint)
-    with torch.device("meta"):
-        decoder = Decoder(checkpoint.spec)
-    for name, module in decoder.named_modules():
-        if name == "lm_head" and checkpoint.spec.tie_word_embeddings:
-            continue
-        for kind, empty in list(module.named_parameters(recurse=False)):
-            value = weights(f"{name}.{kind}", tuple(empty.shape)).to(device, dtype)
-            setattr(module, kind, nn.Parameter(value, requires_grad=False))
-    decoder.tie_weights()
-    return decoder
-
-
 class TrainingForward:
     """Raises ConfigError for an int8 checkpoint, which has nothing that could be trained."""
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._decoder = load_decoder(checkpoint, dtype=dtype, device=device)
+        weights = stored_weights(checkpoint)
+        with torch.device("meta"):
+            self._decoder = Decoder(checkpoint.spec)
+        for name, module in self._decoder.named_modules():
+            if name == "lm_head" and checkpoint.spec.tie_word_embeddings:
+                continue
+            for kind, empty in list(module.named_parameters(recurse=False)):
+                value = weights(f"{name}.{kind}", tuple(empty.shape)).to(device, dtype)
+                setattr(module, kind, nn.Parameter(value, requires_grad=False))
+        self._decoder.tie_weights()
         self._device = device
 
     @torch.no_grad()
