@@ -30,7 +30,6 @@ from tests.tiny_models import save_tiny, save_with_outliers, save_with_outliers_
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 101, (30,), generator=torch.Generator().manual_seed(3))
-SHORT = tuple(range(0, 31, 5))  # six sequences of five tokens
 SCHEMES: list[tuple[Scheme, Outliers]] = [
     ("w8a16", "none"),
     ("w8a16", "clip"),
@@ -72,17 +71,13 @@ def test_an_int8_model_is_what_its_file_says(case: str, scheme: Scheme, outliers
     """Against the file's numbers widened to float32 and an ordinary model with its inputs rounded."""
     save_tiny(tmp_path / "model", case)
     out = quantize(tmp_path / "model", tmp_path / "out", scheme, outliers)
-    stored = logits(load(out), cu_seqlens=SHORT)
+    stored = logits(load(out))
     widened = widen(out, tmp_path / "widened")
-    if scheme == "w8a8":
-        round_inputs(widened, out)
-    expected = logits(widened, cu_seqlens=SHORT)
-    # Under W8A8 a value that is rounded the other way for the last bit's sake moves the rest of its sequence, seldom.
-    same_T = (stored - expected).abs().amax(1) < 1e-5 * float(expected.abs().max())
-    assert same_T.float().mean() >= (1 if scheme == "w8a16" else 0.8)
-    assert relative(stored, expected) < 0.02
-    assert relative(stored, logits(load(tmp_path / "model"), cu_seqlens=SHORT)) < 0.05
-    torch.testing.assert_close(logits(load(out, fuse=True), cu_seqlens=SHORT), stored, rtol=0, atol=1e-5)
+    expected = logits(widened) if scheme == "w8a16" else logits_of_rounded_inputs(widened, out)
+    # A value that is rounded the other way for the last bit's sake moves a logit of W8A8 a little.
+    assert relative(stored, expected) < (1e-5 if scheme == "w8a16" else 2e-3)
+    assert relative(stored, logits(load(tmp_path / "model"))) < 0.05
+    torch.testing.assert_close(logits(load(out, fuse=True)), stored, rtol=0, atol=1e-5)
 
 
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
@@ -110,8 +105,7 @@ def widen(directory: Path, target: Path) -> Decoder:
     return load(target)
 
 
-def round_inputs(model: Decoder, directory: Path) -> None:
-    """Of all linear layers, but for the columns that the directory keeps in 16 bits."""
+def logits_of_rounded_inputs(model: Decoder, directory: Path) -> Tensor:
     columns = {
         name.removeprefix("model.").removesuffix(".outlier_columns"): one.long()
         for name, one in stored_tensors(directory).items()
@@ -132,6 +126,7 @@ def round_inputs(model: Decoder, directory: Path) -> None:
 
     for name in linear_names(model):
         model.get_submodule(name).register_forward_pre_hook(rounding(name))
+    return logits(model)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
@@ -362,6 +357,9 @@ SIZES: dict[str, dict[str, int]] = {
     "llama-biases": {"hidden_size": 192, "intermediate_size": 384},
     "llama-mqa-tied": {},
 }
+
+
+SHORT = tuple(range(0, 31, 5))  # six sequences of five tokens
 
 
 def run_ranks(
