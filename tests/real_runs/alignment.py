@@ -28,9 +28,10 @@ from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.context import DenseContext
 from rayllm.models.decoder import Decoder
 from rayllm.models.hub import resolve_model
+from rayllm.parallel.load import load_shard
+from rayllm.parallel.mesh import Mesh
 from rayllm.train.data.documents import preference_pair
 from rayllm.train.data.rows import Kind, PreferenceRow, parse_row
-from rayllm.train.gap import load_decoder
 from tests.preference_pairs import Rule, parse_rule
 
 
@@ -49,7 +50,7 @@ class Drawn:
 
 
 def load(directory: Path) -> Decoder:
-    return load_decoder(Checkpoint.open(directory), dtype=torch.float32, device=torch.device("cpu"))
+    return load_shard(Checkpoint.open(directory), Mesh.single(), dtype=torch.float32, device=torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayllm.models.checkpoint import Checkpoint
-from rayllm.train.gap import load_decoder
-from tests.real_runs.alignment import Answered, answer_kl, answer_log_prob, mean
+from tests.real_runs.alignment import Answered, answer_kl, answer_log_prob, load, mean
 from tests.real_runs.corpus import is_korean, page_text, write_corpus
 from tests.real_runs.kneser_ney import Trigrams
 from tests.tiny_models import save_tiny
@@ -112,8 +110,7 @@ def test_kl_of_an_answer_is_that_of_transformers(tmp_path: Path):
     models = []
     for case in ("llama-gqa", "llama-mha"):
         reference = save_tiny(tmp_path / case, case)
-        ours = load_decoder(Checkpoint.open(tmp_path / case), dtype=torch.float32, device=torch.device("cpu"))
-        models.append((ours, reference))
+        models.append((load(tmp_path / case), reference))
     (policy, theirs), (reference, their_reference) = models
     answered = Answered(tokens=[3, 17, 4, 99, 0, 8, 8, 51], start=3)
     with torch.no_grad():
