@@ -95,6 +95,7 @@ def show(
         "sliding_window": next((window for window in spec.windows if window is not None), None),
         "tied_embeddings": spec.tie_word_embeddings,
         "quantization": None,
+        "not_quantized": None,
     }
     if int8 is not None:
         schemes = ", ".join(sorted({stored.scheme for _, stored in int8.groups}))

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,10 +32,7 @@ Outliers = Literal["none", "clip", "smooth", "mixed"]
 # The ranges of a layer may widen by half, on average, to hold its outlier columns for other readers too. Those of
 # SmolLM2-135M widen by 17 to 21 % in one layer and by a few % at most in others, as the calibration has it.
 _MOST_WIDENED = 1.5
-OUTLIERS_CHOICES: tuple[Outliers, ...] = get_args(Outliers)
-
-
-WEIGHT_SUFFIXES = frozenset(
+_WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
 )
 
@@ -256,13 +253,10 @@ def _other_parameters(checkpoint: Checkpoint, layers: set[str], folds: Folds) ->
 
 def _weight_bytes(directory: Path) -> int:
     """Of the files that a model is read from; the same weights may lie beside them in other forms."""
-    index = directory / INDEX
-    if (directory / WEIGHTS).exists():
-        names = {WEIGHTS}
-    else:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    sizes = (path.stat().st_size for path in (directory / name for name in names | {OUTLIERS}) if path.exists())
-    return sum(sizes)
+    names = {WEIGHTS}
+    if not (directory / WEIGHTS).exists():
+        names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    return sum((directory / name).stat().st_size for name in names | {OUTLIERS} if (directory / name).exists())
 
 
 def _write_config(checkpoint: Checkpoint, directory: Path, recipe: Recipe, reports: Sequence[LayerReport]) -> None:
@@ -292,7 +286,7 @@ def _copy_others(source: Path, directory: Path) -> None:
     """Tokenizer, templates, generation configuration, licence: all files but weights in any form, and what training
     leaves beside them, which is true of those weights alone."""
     for path in sorted(source.iterdir()):
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         own = path.name in ("config.json", MANIFEST, "state.json")
         if path.is_file() and not weights and not own and not path.name.startswith("."):
             shutil.copyfile(path, directory / path.name)
