@@ -5,7 +5,7 @@
     python -m tests.real_runs.corpus runs-data *.deb --konlpy konlpy
 
 LibreOffice's help (MPL-2.0) in both languages, and konlpy's corpora: Korea's constitution and ten bills of its
-parliament, works that its copyright act, article 7, leaves free. A document is a page of the help, or a file. One in
+parliament. A document is a page of the help, or a file. One in
 twenty is held out, chosen by its name, which is the same in both languages: no translation of what is held out is
 learnt. Of pages with the same text one is kept; Korean ones are those of which at least 30 % of the letters are Hangul,
 since much of the Korean help is not translated.
