@@ -23,7 +23,7 @@ class Prompts:
 class PagedContext:
     """A `ForwardContext` over the paged cache; see `PersistentBatch.step` for the arrays.
 
-    `rows_B`, `query_start_B1` and `context_lens_B` are of the sequences that attend over pages, `slots_T` of all tokens.
+    `rows_B`, `query_start_B1` and `context_lens_B` are of the sequences that attend over pages, `slots_T` of all.
     """
 
     cache: KVCache
