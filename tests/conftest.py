@@ -1,6 +1,7 @@
 """Tiny models, made by transformers with random weights, that every test may share."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_configure() -> None:
+    # A script's background job ignores SIGINT, and so would the processes that tests start in order to interrupt them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
