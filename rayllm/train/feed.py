@@ -1,6 +1,6 @@
 """What each optimizer step is fed with: micro-batches, and where the data is after them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,16 +41,29 @@ Feed = Callable[[int, Cursor], Work]
 
 def packed_feed(setup: Setup, prepare: Callable[[MicroBatch], MicroBatch] = lambda batch: batch) -> Feed:
     """The next samples of the data set, each micro-batch as `prepare` leaves it."""
-    config = setup.config
-    loader = Loader(
-        dataset=setup.dataset,
-        samples_per_step=config.batch.tokens // config.batch.sequence_length,
-        micro_batch_size=config.batch.rows,
-        rank=setup.mesh.data_rank,
-        num_ranks=config.layout.data,
-    )
+    loader = _loader(setup, num_epochs=None)
 
     def feed(step: int, cursor: Cursor) -> Work:
         return Work(batches=list(map(prepare, loader.step(cursor))), cursor=loader.after_step(cursor))
 
     return feed
+
+
+def first_epoch(setup: Setup) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of the run's first pass over its data, one after another."""
+    loader, cursor = _loader(setup, num_epochs=1), Cursor(seed=setup.config.data.seed)
+    while loader.num_micro_batches(cursor):
+        yield from loader.step(cursor)
+        cursor = loader.after_step(cursor)
+
+
+def _loader(setup: Setup, num_epochs: int | None) -> Loader:
+    batch = setup.config.batch
+    return Loader(
+        dataset=setup.dataset,
+        samples_per_step=batch.tokens // batch.sequence_length,
+        micro_batch_size=batch.rows,
+        rank=setup.mesh.data_rank,
+        num_ranks=setup.config.layout.data,
+        num_epochs=num_epochs,
+    )

@@ -17,8 +17,8 @@ from rayllm.train.head import Head
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Sums over the same things: `total`, a float32 scalar with a gradient, and `measures_K` without one, float64, in
-    the order of `Objective.measures`."""
+    """Sums over the same things: `total`, a scalar of float32 or wider with a gradient, and `measures_K` without one,
+    float64, in the order of `Objective.measures`."""
 
     total: Tensor
     measures_K: Tensor

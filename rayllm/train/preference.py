@@ -24,14 +24,13 @@ from rayllm.train.data.reference import (
     refuse_other,
     write_reference,
 )
-from rayllm.train.feed import Feed, Setup, packed_feed
+from rayllm.train.feed import Feed, Setup, first_epoch, packed_feed
 from rayllm.train.head import Head
 from rayllm.train.losses.dpo import DpoLoss, DpoVariant
 from rayllm.train.losses.pairs import num_pairs, pair_logps, reference_logps
-from rayllm.train.mesh import AXES, TrainMesh
+from rayllm.train.mesh import AXES
 from rayllm.train.objective import Loss
 from rayllm.train.saved import SavedRun
-from rayllm.train.trainee import Trainee
 
 
 class Preference:
@@ -89,11 +88,10 @@ def pair_feed(setup: Setup) -> Feed:
 
 def preference_feed(setup: Setup) -> Feed:
     """Pairs, with what the reference says of them."""
-    config, shape = setup.config, _shape(setup)
-    if not dpo_loss(config.dpo).needs_reference:
+    shape = _shape(setup)
+    if not dpo_loss(setup.config.dpo).needs_reference:
         return packed_feed(setup, shape)
-    key = ReferenceKey.of(setup.directory, setup.dataset, config.model.compute_dtype)
-    reference = _reference(_folder(config), key, setup.dataset, setup.trainee, setup.mesh, config.batch.rows)
+    reference = _reference(setup, shape)
     return packed_feed(setup, lambda batch: reference.attach(shape(batch)))
 
 
@@ -108,15 +106,19 @@ def _folder(config: TrainConfig) -> Path:
     return Path(config.run) / "reference"
 
 
-def _reference(
-    folder: Path, key: ReferenceKey, dataset: PackedDataset, trainee: Trainee, mesh: TrainMesh, rows: int
-) -> Reference:
-    """What is stored, if every rank sees it there; else computed and stored."""
+def _reference(setup: Setup, shape: Callable[[MicroBatch], MicroBatch]) -> Reference:
+    """What is stored, if every rank sees it there; else computed and stored.
+
+    Computed in the micro-batches of the run's own first epoch: in bfloat16 what is said of a pair depends on what lies
+    beside it, by tenths of a nat, and policy and reference are to be one at the first step.
+    """
+    folder, dataset, mesh = _folder(setup.config), setup.dataset, setup.mesh
+    key = ReferenceKey.of(setup.directory, dataset, setup.config.model.compute_dtype)
     found = read_reference(folder, key, len(dataset))
     seen = mesh.sum(torch.tensor(int(found is not None), device=mesh.device), *AXES)
     if found is not None and int(seen) == dist.get_world_size():
         return found
-    reference = answer_logps(trainee, mesh, dataset, rows)
+    reference = answer_logps(setup.trainee, mesh, map(shape, first_epoch(setup)), len(dataset))
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_reference(folder, key, reference)

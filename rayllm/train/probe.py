@@ -22,8 +22,9 @@ def probe(trainee: Trainee, mesh: TrainMesh, batches: Iterable[MicroBatch], look
     keeps it has to detach."""
     objective, trainee.objective = trainee.objective, _Shown(look)
     try:
-        # Without gradients DTensor gives blocks tensors that are still on their way, which kernels cannot read.
-        with torch.set_grad_enabled(mesh.layout.tensor > 1):
+        # With gradients, though none is taken: kernels choose by that how they compute, and in bfloat16 a step would
+        # find another model than the one that was asked. (DTensor, too, gives kernels what they cannot read without.)
+        with torch.enable_grad():
             for batch in batches:
                 _forward(trainee, mesh, batch.to(mesh.device))
     finally:

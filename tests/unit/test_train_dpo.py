@@ -54,6 +54,12 @@ def start(make_tiny_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
+def wide_start(make_tiny_model: Callable[..., Path]) -> Path:
+    """Wide enough for sums to be rounded otherwise where they are taken otherwise."""
+    return make_tiny_model(hidden_size=512, num_key_value_heads=2, num_attention_heads=8)
+
+
+@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, start: Path) -> Path:
     return seven_pairs(tmp_path_factory.mktemp("pairs"), start, LENGTH)
 
@@ -215,6 +221,18 @@ def test_every_layout_starts_at_ln_2_and_goes_the_same_way(
         except AssertionError as failure:
             failures[name] = str(failure)
     assert not failures, "\n\n".join(f"{name}: {text}" for name, text in failures.items())
+
+
+@pytest.mark.parametrize("layout", [LayoutConfig(), *LAYOUTS.values()], ids=["alone", *LAYOUTS])
+def test_bfloat16_starts_at_ln_2_too(
+    ranks: Ranks, layout: LayoutConfig, wide_start: Path, data: Path, tmp_path: Path
+) -> None:
+    """It rounds otherwise in another micro-batch and in other kernels; the reference is asked in the same."""
+    model = ModelConfig(start=str(wide_start), compute_dtype="bfloat16")
+    config = config_of(tmp_path, wide_start, data, model=model, layout=layout, schedule=ScheduleConfig(steps=1))
+    [first] = run(ranks, config)
+    assert first.loss == pytest.approx(math.log(2), abs=1e-7)
+    assert (first.measures["margin"], first.measures["chosen_reward"]) == (0, 0)
 
 
 @pytest.mark.parametrize("layout", [LayoutConfig(shard=2), LayoutConfig(replicate=2)], ids=["fsdp", "ddp"])

@@ -60,9 +60,9 @@ class Reference:
     def attach(self, batch: MicroBatch) -> MicroBatch:
         """With the figures as a value of each document; 0 for what pads it, which comes after the pairs."""
         samples = list(batch.sample_ids)
-        values_N = torch.zeros(batch.num_documents, dtype=torch.float32)
-        values_N[0 : 2 * len(samples) : 2] = torch.from_numpy(self.chosen[samples]).float()
-        values_N[1 : 2 * len(samples) : 2] = torch.from_numpy(self.rejected[samples]).float()
+        values_N = torch.zeros(batch.num_documents, dtype=torch.float64)
+        values_N[0 : 2 * len(samples) : 2] = torch.from_numpy(self.chosen[samples])
+        values_N[1 : 2 * len(samples) : 2] = torch.from_numpy(self.rejected[samples])
         return replace(batch, document_values={**batch.document_values, REFERENCE: values_N})
 
 

@@ -10,7 +10,8 @@ from rayllm.train.batch import IGNORE, MicroBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairLogps:
-    """Of P pairs: the log-probability of each answer, summed over its tokens, and how many those are."""
+    """Of P pairs: the log-probability of each answer, summed over its tokens, and how many those are. Sums are float64:
+    losses are of small differences between large ones."""
 
     chosen_P: Tensor
     rejected_P: Tensor
@@ -68,6 +69,8 @@ def _document_sums(values_T: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]
     lengths = [length for row in batch.document_lengths for length in row]
     lengths_N = torch.tensor(lengths, device=values_T.device)
     document_T = torch.arange(len(lengths), device=values_T.device).repeat_interleave(lengths_N)
-    sums_N = values_T.new_zeros(len(lengths)).index_add(0, document_T, values_T)
+    sums_N = torch.zeros(len(lengths), dtype=torch.float64, device=values_T.device).index_add(
+        0, document_T, values_T.double()
+    )
     tokens_N = torch.zeros_like(lengths_N).index_add(0, document_T, (batch.targets_T != IGNORE).long())
     return sums_N, tokens_N
