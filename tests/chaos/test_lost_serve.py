@@ -7,8 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
+import httpx
 import pytest
 
+from rayllm.proto.v1 import inference_pb2 as pb
+from rayllm.proto.v1.inference_pb2_grpc import InferenceStub
 from tests.chaos.conftest import Row
 from tests.chaos.streams import Load, over_grpc
 from tests.e2e.endpoint import Endpoint, start
@@ -60,5 +64,51 @@ async def test_a_killed_controller_is_not_noticed(endpoint: Endpoint, report: li
             recovery_s=[back_s],
             leaks=load.failures,
             measured=f"{load.done} requests meanwhile, none failed",
+        )
+    )
+
+
+async def _codes(endpoint: Endpoint, codes: set[grpc.StatusCode]) -> None:
+    """What is told, all the while, to those that ask without a client that tries again."""
+    async with grpc.aio.insecure_channel(endpoint.grpc_address) as channel:
+        while True:
+            call = InferenceStub(channel).Load(pb.LoadRequest())
+            codes.add(await call.code())
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("title", ["bin/haproxy", "ray::HAProxyManager"])
+async def test_a_killed_proxy_comes_back(title: str, endpoint: Endpoint, report: list[Row]) -> None:
+    """Its connections are cut: who uses the client sees nothing of it, everyone else a connection that is gone."""
+    expected = await _texts(endpoint)
+    replicas = endpoint.named("ray::ServeReplica")
+    streams = [asyncio.create_task(over_grpc(endpoint, i, MAX_TOKENS)) for i in range(KINDS)]
+    await asyncio.sleep(0.5)
+    codes: set[grpc.StatusCode] = set()
+    asking = asyncio.create_task(_codes(endpoint, codes))
+    (victim,) = endpoint.named(title)
+    struck = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    await _replaced(endpoint, title, victim, struck)
+    while True:
+        try:
+            (await asyncio.to_thread(endpoint.http.get, "/health")).raise_for_status()
+            break
+        except httpx.HTTPError:
+            assert time.monotonic() - struck < SERVING_S
+            await asyncio.sleep(0.1)
+    back_s = time.monotonic() - struck
+    assert await asyncio.gather(*streams) == expected
+    asking.cancel()
+    assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    assert endpoint.named("ray::ServeReplica") == replicas
+    endpoint.settled(within_s=10.0)
+    report.append(
+        Row(
+            fault=f"SIGKILL of {title.removeprefix('bin/').removeprefix('ray::')}",
+            detection_s=[],
+            recovery_s=[back_s],
+            leaks=[],
+            measured=f"{KINDS} streams went on with the same text",
         )
     )

@@ -353,6 +353,12 @@ STATUSES = [
         errors.ModelNotFoundError("no such model"),
     ),
     (
+        grpc.StatusCode.NOT_FOUND,
+        "Application metadata not set",
+        (),
+        errors.EngineUnavailableError("Application metadata not set", retry_after_s=1.0),
+    ),
+    (
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "the queue is full",
         (("error-code", "over_capacity"), ("retry-after-ms", "250")),

@@ -97,6 +97,17 @@ def test_the_operator_s_rules(name):
     assert set(re.findall(r'"configMap": {"(?:defaultMode": \d+, ")?name": "([^"]+)"', text)) <= maps
 
 
+def test_its_haproxy_is_haproxy(tmp_path):
+    """As Serve starts it on a node: the variable names the script itself."""
+    script = tmp_path / "haproxy"
+    shutil.copy(K8S / "base" / "haproxy", script)
+    script.chmod(493)  # what the volume gives it
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(script), "PATH": path}
+    shown = subprocess.run([script, "-v"], env=environment, capture_output=True, text=True, timeout=30, check=True)
+    assert shown.stdout.startswith("HAProxy version")
+
+
 @needs_kubectl
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
 def test_ports_drain_and_probes(name, tmp_path):

@@ -1,9 +1,7 @@
 """The parts of starting an endpoint that need no Ray."""
 
-import json
 import shutil
 import socket
-import subprocess
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from rayllm.core.config import EngineConfig, ModelConfig
 from rayllm.core.errors import ConfigError
 from rayllm.models.weight_version import weight_version
 from rayllm.serve.config import ServeConfig
-from rayllm.serve.local import _cause, _check_port, _free_ports, _grpc_block, _haproxy, _unavailable
+from rayllm.serve.local import _cause, _check_port, _free_ports, _grpc_block
 
 ENGINE = EngineConfig(model=ModelConfig(model="/models/Some-Model/"))
 
@@ -77,26 +75,6 @@ def test_weight_version_follows_the_weights(tiny_model, tmp_path):
     weights[name] += torch.full_like(weights[name], 1e-3)
     save_file(weights, copy / "model.safetensors")
     assert weight_version(copy) != weight_version(tiny_model)
-
-
-def test_haproxy_says_503_where_serve_would_have_it_say_500(tmp_path):
-    directory = tmp_path / "node's own"
-    directory.mkdir()
-    (directory / "500.http").write_text("HTTP/1.1 500 Internal Server Error")
-    (directory / "haproxy.cfg").write_text("no configuration")
-    run = subprocess.run([_haproxy(tmp_path), "-c", "-f", directory / "haproxy.cfg"], capture_output=True, check=False)
-    assert run.returncode == 1
-    assert b"haproxy.cfg" in run.stderr, "it is HAProxy that reads its configuration"
-    head, _, body = _unavailable().partition(b"\r\n\r\n")
-    assert (directory / "500.http").read_bytes() == head + b"\r\n\r\n" + body
-    status, *headers = head.decode().splitlines()
-    assert status == "HTTP/1.1 503 Service Unavailable"
-    assert dict(line.split(": ") for line in headers) == {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "retry-after": "1",
-    }
-    assert json.loads(body)["error"]["code"] == "unavailable"
 
 
 def test_endpoints_of_one_machine_share_no_grpc_port():
