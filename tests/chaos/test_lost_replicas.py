@@ -155,6 +155,7 @@ async def test_scaling_down_and_a_rolling_update_cut_nothing(endpoint: Endpoint,
 @pytest.mark.timeout(2400)
 async def test_fifty_scale_downs_cut_nothing(endpoint: Endpoint, report: list[Row]) -> None:
     expected = await asyncio.to_thread(expected_texts, endpoint)
+    await asyncio.to_thread(endpoint.deploy, num_replicas=2)  # by whoever scales from outside, from now on
     await asyncio.to_thread(both_serve, endpoint)
     took_s = []
     async with Load(endpoint, expected, MAX_TOKENS) as load:
