@@ -239,7 +239,7 @@ def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor 
     if rows > 0 and on_triton("w8a16_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
-        out: Tensor = gpu.w8a16_product(x.reshape(rows, length), weight_NK, scale_N1, bias_N)
+        out: Tensor = gpu.w8a16_product(x.reshape(rows, length).contiguous(), weight_NK, scale_N1, bias_N)
         return out.view(*x.shape[:-1], outputs)
     if not _compiled(x, weight_NK, scale_N1, bias_N):
         return w8a16_linear_reference(x, weight_NK, scale_N1, bias_N)

@@ -1,9 +1,12 @@
 """The Triton int8 products in the interpreter against float64, on shapes that no tile divides."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from rayllm_kernels import int8_linear, w8a8_linear, w8a16_linear
 from rayllm_kernels.gpu import int8_linear as gpu
 from rayllm_kernels.gpu.int8_linear import Tiles
 from rayllm_kernels.int8_linear import quantize_rows_reference, row_bounds_reference
@@ -93,6 +96,15 @@ def test_w8a16(dtype: torch.dtype, rows: int, outputs: int, length: int, splits:
         exact = (x.double() @ weight.double().T) * scale.double().T + (0 if b is None else b.double())
         assert result.dtype == dtype
         assert ((result.double() - exact).abs() <= EPS[dtype] * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("product", [w8a8_linear, w8a16_linear])
+def test_a_part_of_wider_rows(product: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_linear, "on_triton", lambda *_: True)
+    wide, weight, scale, bias = make(5, 32, 256, torch.float32)
+    part, weight = wide[:, :128], weight[:, :128].contiguous()
+    with torch.no_grad():
+        assert torch.equal(product(part, weight, scale, bias), product(part.contiguous(), weight, scale, bias))
 
 
 def test_rows_past_the_end_are_not_written() -> None:
