@@ -1,5 +1,7 @@
 """flash_attention by torch, which serves CPU: against float64 query by query, and its gradients by differences."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rayllm_kernels import flash_attention, flash_attention_reference, flash_attention_with_lse
-from tests.kernels.flash_cases import RAGGED, Case, by_softmax, dense, make_case
+from tests.kernels.flash_cases import RAGGED, Case, by_softmax, check, dense, make_case
 
 BLIND = [(20, 3), (4, 0), (0, 6), (2, 2)]  # queries before the first key
 
@@ -33,6 +35,38 @@ def test_result_and_gradients(
     torch.testing.assert_close(out.double(), exact_out, rtol=tolerance, atol=tolerance)
     for gradient, right in zip(case.differentiate(out, None, inputs), exact, strict=True):
         torch.testing.assert_close(gradient.double(), right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, BLIND, [(32, 32), (64, 64), (31, 31)]])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 1), (True, 17), (True, 34)])
+def test_bfloat16(causal: bool, window: int | None, lengths: list[tuple[int, int]]) -> None:
+    case = make_case(lengths, head_dim=16, causal=causal, window=window, dtype=torch.bfloat16)
+    inputs = leaves(case)
+    out = flash_attention(*inputs, **case.options)  # type: ignore[arg-type]
+    case.dlse.zero_()
+    exact, low = dense(case, torch.float64), by_softmax(case, torch.bfloat16)
+    ours = (out, *case.differentiate(out, None, inputs))
+    for result, right, of_torch in zip(ours, (exact[0], *exact[2:]), (low[0], *low[2:]), strict=True):
+        check(result, right, of_torch, torch.bfloat16)
+
+
+def test_memory_does_not_grow_with_the_lengths_met() -> None:
+    """In a process of its own, for what is kept is kept for good."""
+    script = (
+        "import torch; from rayllm_kernels import flash_attention\n"
+        "torch.set_num_threads(1)\n"
+        "def attend(length):\n"
+        "    q = torch.randn(length, 4, 32, dtype=torch.bfloat16, requires_grad=True)\n"
+        "    at = torch.tensor([0, length], dtype=torch.int32)\n"
+        "    flash_attention(q, q, q, cu_seqlens_q_B1=at, cu_seqlens_k_B1=at, scale=0.2).sum().backward()\n"
+        "def megabytes(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "for length in range(32, 513, 32): attend(length)\n"
+        "before = megabytes()\n"
+        "for length in range(1, 513, 4): attend(length)\n"
+        "print(megabytes() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
 
 
 @pytest.mark.parametrize("lengths", [RAGGED, BLIND])
