@@ -261,7 +261,7 @@ def test_dpo_begins_at_the_start_model_and_goes_on_from_it(
         model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float64)
         with torch.no_grad():
             expected = torch.tensor([answer_logps(model, dataset.pair(n)) for n in range(len(dataset))])
-        found = torch.stack([torch.as_tensor(said.chosen), torch.as_tensor(said.rejected)], 1)
+        found = torch.tensor([*zip(said.chosen.tolist(), said.rejected.tolist(), strict=True)], dtype=torch.float64)
         torch.testing.assert_close(found, expected.double(), rtol=0, atol=1e-4)
     shutil.rmtree(tmp_path / "run" / "reference")
     shutil.rmtree(SavedRun(tmp_path / "run").all()[-1].directory)
