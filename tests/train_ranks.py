@@ -13,8 +13,16 @@ from rayllm.models.checkpoint import Checkpoint
 from rayllm.train import ppo
 from rayllm.train.batch import MicroBatch
 from rayllm.train.checkpoint import Checkpointer
-from rayllm.train.config import CheckpointConfig, LayoutConfig, ModelConfig, OptimizerConfig, TrainConfig
-from rayllm.train.initial import stored_weights
+from rayllm.train.config import (
+    NO_ADAPTERS,
+    CheckpointConfig,
+    LayoutConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from rayllm.train.initial import stored_weights, with_adapters
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import NextToken
 from rayllm.train.recipes import RECIPES
@@ -37,12 +45,15 @@ def make_step(
     directory: Path,
     layout: LayoutConfig,
     optimizer: OptimizerConfig,
+    lora: LoraConfig = NO_ADAPTERS,
     **model: Any,
 ) -> TrainStep:
     mesh, checkpoint = TrainMesh(layout, CPU), Checkpoint.open(directory)
     config = ModelConfig(start=str(directory), **model)
-    objective = NextToken()
-    trainee = build_trainee(checkpoint.spec, stored_weights(checkpoint), objective, mesh, config)
+    objective, weights = NextToken(), stored_weights(checkpoint)
+    if lora.rank:
+        weights = with_adapters(weights, config.seed)
+    trainee = build_trainee(checkpoint.spec, weights, objective, mesh, config, lora=lora)
     return TrainStep(trainee, objective, mesh, optimizer)
 
 

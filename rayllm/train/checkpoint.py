@@ -24,6 +24,7 @@ from rayllm.train.export import join_part_files, stored_tensors, write_config, w
 from rayllm.train.gather import whole
 from rayllm.train.gradients import EMBEDDING, HEAD
 from rayllm.train.initial import VALUE
+from rayllm.train.lora import acting, adapter_tensors, is_adapter, join_adapter, plain_name, write_adapter_part
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.optimizer import Weight
 from rayllm.train.saved import TRAINING, Saved, SavedRun, TrainState
@@ -52,11 +53,11 @@ class Checkpointer:
         if dist.get_rank() == 0:
             self._saved.begin(state.step)
         dist.barrier(self._group)
-        exported = self._gather()
+        exported, adapter = self._gather(), self._gather_learnt()
         staging = self._saved.staging(state.step)
         written = async_save(self._tensors(), checkpoint_id=staging / TRAINING, process_group=self._group)
         assert isinstance(written, Future)
-        self._pending = self._thread.submit(self._finish, written, staging, exported, state)
+        self._pending = self._thread.submit(self._finish, written, staging, exported, adapter, state)
 
     def wait(self) -> None:
         """Until the save that is under way, if there is one, is on the disk. Raises TrainingError if it failed."""
@@ -101,19 +102,40 @@ class Checkpointer:
         return tensors
 
     def _gather(self) -> dict[str, Tensor]:
-        """On one rank of each stage its whole weights, in the dtype of the export; nothing on the others. A value head
-        is of use in training alone."""
-        leads = self._mesh.data_rank == 0 and self._mesh.tp_rank == 0
+        """On one rank of each stage its whole weights with what adapters add, in the export's dtype; nothing on the
+        others. A value head is of use in training alone."""
+        parameters = {name: one.detach() for name, one in self._step.trainee.decoder.named_parameters()}
         gathered: dict[str, Tensor] = {}
-        for name, weight in self._step.optimizer.weights.items():
-            if name == VALUE:
+        for name in parameters:
+            if name == VALUE or is_adapter(name):
                 continue
-            value = whole(_placed(weight.local.detach(), weight))
-            if leads:
-                gathered[name] = value.to("cpu", DTYPES[self._dtype], copy=True)
+            value = acting(name, parameters, self._step.trainee.lora, whole)
+            if self._leads:
+                gathered[plain_name(name)] = value.to("cpu", DTYPES[self._dtype], copy=True)
         return gathered
 
-    def _finish(self, written: Future[Any], staging: Path, exported: dict[str, Tensor], state: TrainState) -> None:
+    def _gather_learnt(self) -> dict[str, Tensor]:
+        """Where adapters are learnt, on the same ranks what a file of adapters holds, in float32."""
+        gathered: dict[str, Tensor] = {}
+        if self._step.trainee.lora.rank:
+            for name, weight in self._step.optimizer.weights.items():
+                value = whole(_placed(weight.local.detach(), weight))
+                if self._leads:
+                    gathered[name] = value.to("cpu", copy=True)
+        return gathered
+
+    @property
+    def _leads(self) -> bool:
+        return self._mesh.data_rank == 0 and self._mesh.tp_rank == 0
+
+    def _finish(
+        self,
+        written: Future[Any],
+        staging: Path,
+        exported: dict[str, Tensor],
+        adapter: dict[str, Tensor],
+        state: TrainState,
+    ) -> None:
         """In the thread."""
         problem, trainee = None, self._step.trainee
         scores = trainee.heads is Heads.SCORE
@@ -121,6 +143,9 @@ class Checkpointer:
             if exported:
                 tensors = stored_tensors(trainee.decoder.spec, exported, scores=scores)
                 write_part_files(staging, self._mesh.pp_rank, tensors)
+            if adapter:
+                tensors = adapter_tensors(trainee.decoder.spec, adapter, scores=scores)
+                write_adapter_part(staging, self._mesh.pp_rank, tensors)
             written.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = f"{type(error).__name__}: {error}"
@@ -128,6 +153,8 @@ class Checkpointer:
         if dist.get_rank() == 0:
             join_part_files(staging)
             write_config(self._source, staging, self._dtype, scores=scores)
+            if trainee.lora.rank:
+                join_adapter(staging, self._source, trainee.lora, scores=scores)
             self._saved.publish(state)
             self._saved.prune(self._config)
 

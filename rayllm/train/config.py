@@ -5,7 +5,7 @@ file (`rayllm.train.config_file` reads TOML) and no torch.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from rayllm.core.errors import ConfigError
 from rayllm.models.spec import DecoderSpec
@@ -14,6 +14,7 @@ from rayllm.parallel import plan
 ScheduleKind = Literal["constant", "cosine", "wsd"]
 DType = Literal["float32", "bfloat16"]
 KlEstimator = Literal["k1", "k3"]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PreferenceLoss = Literal["sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "simpo"]
 
 
@@ -33,6 +34,24 @@ class ModelConfig:
     compute_dtype: DType = "float32"
     save_dtype: DType = "float32"
     recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Adapters of `rank` beside the matrices called `targets`, and `alpha` / `rank` of what they give is added; the
+    start model's weights stay what they are. Rank 0: none, and all weights learn. A reward model's or a value head,
+    which begins from nothing, learns whole."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank: {self.rank} is negative")
+        _positive(self, "lora", "alpha")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"lora.targets: {list(self.targets)} must name at least one matrix, and each once")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,6 +286,7 @@ class TrainConfig:
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -317,3 +337,6 @@ def _positive(config: object, table: str, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ConfigError(f"{table}.{name}: {getattr(config, name)} is not positive")
+
+
+NO_ADAPTERS = LoraConfig()

@@ -5,13 +5,15 @@ multiplication and an addition each, forward and backward.
 
 N: weights that are multiplied by (no embedding, no norm, no bias), L layers, H query heads of size E. As there, a query
 counts all S keys although causality hides half, and what is computed twice (recomputation, the logits of a loss) counts
-once; so shares of a peak compare with those of others. A token of a packed row counts the keys of its own document, and
+once; so shares of a peak compare with those of others. Weights that adapters stand beside have no gradient of their
+own: 4 N, and 6 for each weight of an adapter. A token of a packed row counts the keys of its own document, and
 no more of them than its layer's window has.
 """
 
 from collections.abc import Iterable
 
 from rayllm.models.spec import DecoderSpec
+from rayllm.train.config import LoraConfig
 
 
 def multiplied_weights(spec: DecoderSpec, *, vocabulary: bool = True) -> int:
@@ -28,6 +30,15 @@ def attended_pairs(spec: DecoderSpec, lengths: Iterable[int]) -> int:
     return sum(length * min(length, window or length) for window in spec.windows for length in lengths)
 
 
-def training_flops(spec: DecoderSpec, tokens: int, pairs: int, *, vocabulary: bool = True) -> int:
-    """Of `tokens` in documents that attend to so many `pairs`."""
-    return 6 * multiplied_weights(spec, vocabulary=vocabulary) * tokens + 12 * spec.num_heads * spec.head_dim * pairs
+def adapter_weights(spec: DecoderSpec, lora: LoraConfig) -> int:
+    """Of all adapters; 0 where there are none."""
+    hidden, query, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    sides = {"q_proj": hidden + query, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": query + hidden}
+    return spec.num_layers * lora.rank * sum(sides.get(target, hidden + spec.ffn_size) for target in lora.targets)
+
+
+def training_flops(spec: DecoderSpec, tokens: int, pairs: int, *, vocabulary: bool = True, adapters: int = 0) -> int:
+    """Of `tokens` in documents that attend to so many `pairs`. `adapters`: how many weights they have, if they alone
+    learn."""
+    per_token = (4 if adapters else 6) * multiplied_weights(spec, vocabulary=vocabulary) + 6 * adapters
+    return per_token * tokens + 12 * spec.num_heads * spec.head_dim * pairs

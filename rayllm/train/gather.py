@@ -13,6 +13,7 @@ from rayllm.models.checkpoint import DTYPES
 from rayllm.train.config import DType
 from rayllm.train.gradients import HEAD
 from rayllm.train.initial import VALUE
+from rayllm.train.lora import acting, is_adapter, plain_name
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.trainee import Trainee
 
@@ -24,13 +25,14 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def language_model(trainee: Trainee, mesh: TrainMesh, dtype: DType) -> dict[str, Tensor]:
-    """The whole model on every rank of the world, by its names in the decoder, without a tied head and without a value
-    head. Copies, on the rank's device."""
+    """The whole model on every rank of the world, by its names in a decoder without adapters, whose part is added to
+    the weights; without a tied head and without a value head. Copies, on the rank's device."""
     tied = trainee.decoder.spec.tie_word_embeddings
+    parameters = {name: parameter.detach() for name, parameter in trainee.decoder.named_parameters()}
     mine = {
-        name: parameter.detach()
-        for name, parameter in trainee.decoder.named_parameters()
-        if name != VALUE and not (name == HEAD and tied)
+        name: parameter
+        for name, parameter in parameters.items()
+        if name != VALUE and not (name == HEAD and tied) and not is_adapter(name)
     }
     stages: list[dict[str, torch.Size]] = [{} for _ in range(mesh.layout.pipeline)]
     shapes = {name: parameter.shape for name, parameter in mine.items()}
@@ -40,10 +42,10 @@ def language_model(trainee: Trainee, mesh: TrainMesh, dtype: DType) -> dict[str,
         for name, shape in held.items():
             value = torch.empty(shape, dtype=DTYPES[dtype], device=mesh.device)
             if stage == mesh.pp_rank:
-                value.copy_(whole(mine[name]))
+                value.copy_(acting(name, parameters, trainee.lora, whole))
             if mesh.layout.pipeline > 1:
                 dist.broadcast(value, group=mesh.group("pipeline"), group_src=stage)
-            gathered[name] = value
+            gathered[plain_name(name)] = value
     return gathered
 
 

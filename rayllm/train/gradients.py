@@ -16,7 +16,9 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 def add_tied_gradients(optimizer: ShardedAdamW, spec: DecoderSpec, mesh: TrainMesh) -> None:
     """First and last stage each hold a tied embedding, and each has a part of its gradient; both get the sum."""
     if spec.tie_word_embeddings and mesh.ends_group is not None:
-        held = optimizer.weights.get(EMBEDDING) or optimizer.weights[HEAD]
+        held = optimizer.weights.get(EMBEDDING) or optimizer.weights.get(HEAD)
+        if held is None:  # frozen
+            return
         assert held.local.grad is not None
         dist.all_reduce(held.local.grad, group=mesh.ends_group)
 

@@ -76,22 +76,23 @@ class _LogProbs(torch.autograd.Function):
         return torch.cat(log_probs).masked_fill_(targets == IGNORE, 0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, weight, targets, log_sums = ctx.saved_tensors
         upstream = gradients[0].masked_fill(targets == IGNORE, 0)
         local = _local_targets(targets, weight, ctx.group)
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=log_sums.dtype)
+        dweight = torch.zeros_like(weight, dtype=log_sums.dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(hidden, weight):
             dlogits_CV = (_logits(hidden[chunk], weight) - log_sums[chunk, None]).exp_().mul_(-upstream[chunk, None])
             here_C1 = (local[chunk] >= 0)[:, None]
             dlogits_CV.scatter_add_(1, local[chunk].clamp(min=0)[:, None], upstream[chunk, None] * here_C1)
             dlogits_CV = dlogits_CV.to(hidden.dtype)
             dhidden[chunk] = dlogits_CV @ weight
-            dweight += dlogits_CV.T @ hidden[chunk]
+            if dweight is not None:
+                dweight += dlogits_CV.T @ hidden[chunk]
         if ctx.group is not None:
             dist.all_reduce(dhidden, group=ctx.group)
-        return dhidden, dweight.to(weight.dtype), None, None
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
 
 
 def _numbers(hidden_TD: Tensor, weight_1D: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rayllm.core.errors import ConfigError
 from rayllm.models.checkpoint import SCORE, Checkpoint
 from rayllm.models.spec import DecoderSpec
+from rayllm.train.lora import is_adapter, plain_name
 
 # A parameter of `Decoder.named_parameters()` and its whole shape -> its value, float32, the caller's to keep.
 InitialWeights = Callable[[str, tuple[int, ...]], Tensor]
@@ -48,6 +49,21 @@ def with_score(weights: InitialWeights, seed: int) -> InitialWeights:
 def with_value(weights: InitialWeights) -> InitialWeights:
     """`weights`, and a value head that expects nothing yet: zeros."""
     return lambda parameter, shape: torch.zeros(shape) if parameter == VALUE else weights(parameter, shape)
+
+
+def with_adapters(weights: InitialWeights, seed: int) -> InitialWeights:
+    """`weights`, and adapters that add nothing yet: A uniform within 1 / sqrt(inputs), as peft draws it, each from
+    (seed, name) alone; B zeros."""
+
+    def weight(parameter: str, shape: tuple[int, ...]) -> Tensor:
+        if not is_adapter(parameter):
+            return weights(plain_name(parameter), shape)
+        if ".lora_B." in parameter:
+            return torch.zeros(shape)
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(seed, parameter))
+
+    return weight
 
 
 def random_weights(spec: DecoderSpec, seed: int) -> InitialWeights:

@@ -4,14 +4,12 @@ The start model is the reference. Reference and reward model are built as the po
 layout, so that before the first step policy and reference are one, to the last bit.
 """
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
-from rayllm.core.errors import ConfigError, DataError
+from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.hub import resolve_model
@@ -25,6 +23,7 @@ from rayllm.train.feed import Feed, Setup, Work
 from rayllm.train.gather import language_model
 from rayllm.train.initial import stored_weights
 from rayllm.train.objective import NextToken
+from rayllm.train.origin import refuse_other_origin, write_origin
 from rayllm.train.reward import Reward
 from rayllm.train.rollout import Rollout
 from rayllm.train.saved import SavedRun
@@ -55,7 +54,7 @@ def check(config: TrainConfig, directory: Path, dataset: PackedDataset) -> None:
             )
     reward_model = _check_reward_model(config, directory)
     if SavedRun(Path(config.run)).latest() is not None:
-        _Origin.of(directory, reward_model, dataset).refuse_other(Path(config.run))
+        refuse_other_origin(Path(config.run), _ORIGIN, _origin(directory, reward_model, dataset))
 
 
 def _check_reward_model(config: TrainConfig, directory: Path) -> Path:
@@ -91,7 +90,7 @@ class _Rollouts:
         self._jury = Jury(mesh=setup.mesh, rows=config.batch.rows)
         self._experience: Experience | None = None
         if dist.get_rank() == 0:
-            _Origin.of(directory, reward_model, setup.dataset).write(Path(config.run))
+            write_origin(Path(config.run), _ORIGIN, _origin(directory, reward_model, setup.dataset))
 
     def __call__(self, step: int, cursor: Cursor) -> Work:
         """The steps of a rollout go through all of its answers once in each epoch, each time in another order."""
@@ -138,36 +137,10 @@ def _build(checkpoint: Checkpoint, heads: Heads, setup: Setup) -> Trainee:
     return build_trainee(checkpoint.spec, weights, objective, setup.mesh, setup.config.model, heads=heads)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Origin:
-    """What a run began with, and has to go on with."""
-
-    start_model: str
-    reward_model: str
-    prompts: str
-
-    @classmethod
-    def of(cls, start_model: Path, reward_model: Path, dataset: PackedDataset) -> "_Origin":
-        return cls(
-            start_model=weight_version(start_model),
-            reward_model=weight_version(reward_model),
-            prompts=dataset.info.fingerprint,
-        )
-
-    def write(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / _ORIGIN).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    def refuse_other(self, run: Path) -> None:
-        try:
-            found = json.loads((run / _ORIGIN).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{run / _ORIGIN}: does not say what the run began with: {error}") from None
-        others = " and ".join(
-            name.replace("_", " ") for name, value in asdict(self).items() if found.get(name) != value
-        )
-        if others:
-            raise DataError(
-                f"{run}: the run began with another {others}; go on with what it began with, or give `run` another"
-                " folder"
-            )
+def _origin(start_model: Path, reward_model: Path, dataset: PackedDataset) -> dict[str, object]:
+    """What a run begins with, and has to go on with."""
+    return {
+        "start_model": weight_version(start_model),
+        "reward_model": weight_version(reward_model),
+        "prompts": dataset.info.fingerprint,
+    }

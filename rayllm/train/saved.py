@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-00000100/
     config.json, model.safetensors, tokenizer.json, ...    a Hugging Face directory
+    adapter/                                               of a run with LoRA: what it learnt, as peft writes it
     training/                                              float32 weights, moments, RNG, as torch.distributed's DCP
     state.json                                             step, loss, data cursor
     manifest.json                                          size and sha256 of every other file
@@ -95,7 +96,7 @@ class SavedRun:
         staging, final = self.staging(state.step), self.directory / _name(state.step)
         (staging / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         Manifest({str(path.relative_to(staging)): FileEntry.of(path) for path in _files(staging)}).write(staging)
-        for path in [*_files(staging), staging / TRAINING, staging]:
+        for path in [*_files(staging), *_folders(staging), staging]:
             _flush(path)
         if final.exists():  # the run went back to an older one and came here again
             _remove(final)
@@ -118,6 +119,10 @@ def _name(step: int) -> str:
 
 def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def _folders(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_dir())
 
 
 def _remove(directory: Path) -> None:

@@ -17,7 +17,7 @@ from rayllm.core.errors import DataError, TrainingError
 from rayllm.models.spec import DecoderSpec
 from rayllm.train.batch import MicroBatch
 from rayllm.train.config import OptimizerConfig
-from rayllm.train.flops import attended_pairs, training_flops
+from rayllm.train.flops import adapter_weights, attended_pairs, training_flops
 from rayllm.train.gradients import add_tied_gradients, grad_norm
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
@@ -53,7 +53,8 @@ class TrainStep:
         self._spec: DecoderSpec = trainee.decoder.spec
         self._max_grad_norm = config.max_grad_norm
         self._pipeline: Pipeline | None = None
-        self.optimizer = ShardedAdamW(dict(trainee.decoder.named_parameters()), self._spec, config)
+        learnt = {name: one for name, one in trainee.decoder.named_parameters() if one.requires_grad}
+        self.optimizer = ShardedAdamW(learnt, self._spec, config)
 
     def __call__(self, batches: Sequence[MicroBatch], rate_share: float) -> StepReport:
         """`batches`: this rank's micro-batches, as many as every other rank has; ranks that share their data (of one
@@ -87,7 +88,13 @@ class TrainStep:
             measures=measures,
             count=count,
             tokens=tokens,
-            flops=training_flops(self._spec, tokens, pairs, vocabulary=self.trainee.heads is not Heads.SCORE),
+            flops=training_flops(
+                self._spec,
+                tokens,
+                pairs,
+                vocabulary=self.trainee.heads is not Heads.SCORE,
+                adapters=adapter_weights(self._spec, self.trainee.lora),
+            ),
             grad_norm=norm,
             learning_rate=rate,
         )

@@ -4,6 +4,7 @@ A block's input and output are whole on every rank; between them a rank computes
 ffn. Letters: D hidden, E head_dim.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from rayllm.models.layers import Attention, RMSNorm
 from rayllm.parallel.plan import Style, style_of
+from rayllm.train.lora import adapter_side, plain_name
 from rayllm_kernels import rms_norm
 
 
@@ -30,7 +32,12 @@ def split_module(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
     in the decoder: a block, an embedding or a head. Talks to no rank."""
     styles: dict[str, ParallelStyle] = {}
     for child, part in module.named_modules():
-        match style_of(f"{name}.{child}".rstrip(".")):
+        style = style_of(plain_name(f"{name}.{child}.").rstrip("."))
+        if (side := adapter_side(child)) is not None:
+            if (adapter_style := _ADAPTERS[style, side]) is not None:
+                styles[child] = adapter_style()
+            continue
+        match style if isinstance(part, nn.Linear | nn.Embedding) else None:
             case Style.COLUMN | Style.KV_COLUMN:
                 styles[child] = ColwiseParallel()
             case Style.ROW:
@@ -51,6 +58,29 @@ def split_module(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
         parallelize_module(module, mesh, styles[""], src_data_rank=None)
     elif styles:
         parallelize_module(module, mesh, styles, src_data_rank=None)
+
+
+class _Whole(ParallelStyle):
+    """A layer whose weight, and what it gives for a whole input, are whole on every rank; the gradient of either is
+    the sum over what ranks make of it."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            whole = DTensor.from_local(parameter.detach(), device_mesh, [Replicate()], run_check=False)
+            module.register_parameter(name, nn.Parameter(whole))
+        return module
+
+
+# A layer that is split by output has the outputs of B split, one that is split by input the inputs of A. What B gives
+# in the latter is the same on all ranks, of what A's parts sum up to.
+_ADAPTERS: Mapping[tuple[Style | None, str], Callable[[], ParallelStyle] | None] = {
+    (Style.COLUMN, "A"): _Whole,
+    (Style.COLUMN, "B"): ColwiseParallel,
+    (Style.KV_COLUMN, "A"): _Whole,
+    (Style.KV_COLUMN, "B"): ColwiseParallel,
+    (Style.ROW, "A"): RowwiseParallel,
+    (Style.ROW, "B"): None,
+}
 
 
 class HeadNorm(RMSNorm):

@@ -1,8 +1,8 @@
 """A decoder under training: its stage of the layers, split and sharded, with the loss behind the last one.
 
-Built in one visible order: empty model, stage, weights block by block, tensor split, recomputation, FSDP2. No rank
-ever holds more than its part of the model and one whole block. Letters: M micro-batches, S tokens of a row, T tokens
-of a micro-batch, D hidden, V vocabulary.
+Built in one visible order: empty model, stage, adapters, weights block by block, tensor split, recomputation, FSDP2.
+No rank ever holds more than its part of the model and one whole block. Letters: M micro-batches, S tokens of a row,
+T tokens of a micro-batch, D hidden, V vocabulary.
 """
 
 import warnings
@@ -24,9 +24,10 @@ from rayllm.models.layers import Block, Linear
 from rayllm.models.spec import DecoderSpec
 from rayllm.parallel.pipeline import keep_stage
 from rayllm.train.batch import MicroBatch
-from rayllm.train.config import ModelConfig, check_layout
+from rayllm.train.config import NO_ADAPTERS, LoraConfig, ModelConfig, check_layout
 from rayllm.train.head import Head
 from rayllm.train.initial import InitialWeights
+from rayllm.train.lora import add_adapters
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
 from rayllm.train.tensor import split_module
@@ -45,10 +46,17 @@ class Trainee(nn.Module):
     """The unit that is sharded, pipelined and called. `decoder` keeps its names."""
 
     def __init__(
-        self, decoder: Decoder, objective: Objective, mesh: TrainMesh, dtype: torch.dtype, heads: Heads
+        self,
+        decoder: Decoder,
+        objective: Objective,
+        mesh: TrainMesh,
+        dtype: torch.dtype,
+        heads: Heads,
+        lora: LoraConfig,
     ) -> None:
         super().__init__()
         self.decoder = decoder
+        self.lora = lora
         self.heads = heads
         self.dtype = dtype  # of the computation
         self.objective = objective
@@ -99,8 +107,10 @@ def build_trainee(
     mesh: TrainMesh,
     config: ModelConfig,
     heads: Heads = Heads.VOCABULARY,
+    lora: LoraConfig = NO_ADAPTERS,
 ) -> Trainee:
-    """`weights` have `SCORE` or `VALUE` of `rayllm.train.initial` where `heads` asks for it.
+    """`weights` have `SCORE` or `VALUE` of `rayllm.train.initial` where `heads` asks for it, and adapters where `lora`
+    does.
 
     Raises ConfigError, before a weight is asked for, where the model cannot be split so.
     """
@@ -114,7 +124,10 @@ def build_trainee(
         keep_stage(decoder, mesh.stage)
         if heads is Heads.VOCABULARY_AND_VALUE and mesh.stage.is_last_stage:
             decoder.value_head = Linear(spec.hidden_size, 1, bias=False)
-    trainee = Trainee(decoder, objective, mesh, DTYPES[config.compute_dtype], heads)
+        if lora.rank:
+            add_adapters(decoder, lora)
+            _unfreeze_new_head(decoder, heads)
+    trainee = Trainee(decoder, objective, mesh, DTYPES[config.compute_dtype], heads, lora)
     for number, block in decoder.layers.items():
         name = f"layers.{number}"
         _materialize(block, name, weights, mesh)
@@ -135,7 +148,15 @@ def build_trainee(
     return trainee
 
 
+def _unfreeze_new_head(decoder: Decoder, heads: Heads) -> None:
+    """The start model has none, so an adapter beside it would have nothing to start from."""
+    new = {Heads.SCORE: decoder.lm_head, Heads.VOCABULARY_AND_VALUE: getattr(decoder, "value_head", None)}
+    if isinstance(head := new.get(heads), nn.Module):
+        head.requires_grad_()
+
+
 def _materialize(module: nn.Module, name: str, weights: InitialWeights, mesh: TrainMesh) -> None:
+    learns = {parameter: empty.requires_grad for parameter, empty in module.named_parameters()}
     for child, part in module.named_modules():
         for kind, empty in list(part.named_parameters(recurse=False)):
             parameter = ".".join(filter(None, (name, child, kind)))
@@ -143,6 +164,8 @@ def _materialize(module: nn.Module, name: str, weights: InitialWeights, mesh: Tr
             setattr(part, kind, nn.Parameter(value))
     if mesh.layout.tensor > 1:
         split_module(module, name, mesh.tensor)
+    for parameter, value in module.named_parameters():
+        value.requires_grad_(learns[parameter])
 
 
 def _shard(module: nn.Module, mesh: TrainMesh, config: ModelConfig) -> None:

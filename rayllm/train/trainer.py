@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -17,6 +18,7 @@ from rayllm.models.checkpoint import DTYPES, Checkpoint
 from rayllm.models.families import spec_from_config
 from rayllm.models.hub import resolve_model
 from rayllm.models.spec import DecoderSpec
+from rayllm.models.weight_version import weight_version
 from rayllm.train.checkpoint import Checkpointer
 from rayllm.train.config import DpoConfig, PpoConfig, TrainConfig, check_layout
 from rayllm.train.data.cursor import Cursor
@@ -24,9 +26,11 @@ from rayllm.train.data.dataset import PackedDataset
 from rayllm.train.data.rows import Kind
 from rayllm.train.evaluation import Evaluation, check_evaluation
 from rayllm.train.feed import Feed, Setup, packed_feed
-from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_score, with_value
+from rayllm.train.initial import InitialWeights, random_weights, stored_weights, with_adapters, with_score, with_value
+from rayllm.train.lora import check_lora
 from rayllm.train.mesh import TrainMesh
 from rayllm.train.objective import Objective
+from rayllm.train.origin import refuse_other_origin, write_origin
 from rayllm.train.peak import Peak, world_peak
 from rayllm.train.progress import Progress, ProgressWriter
 from rayllm.train.run_info import write_run_info
@@ -35,6 +39,8 @@ from rayllm.train.saved import SavedRun, TrainState
 from rayllm.train.schedule import rate_share
 from rayllm.train.step import StepReport, TrainStep
 from rayllm.train.trainee import Heads, build_trainee
+
+_LORA = "lora.json"
 
 # The start model's directory and its data, before workers start.
 Check = Callable[[TrainConfig, Path, PackedDataset], None]
@@ -79,6 +85,9 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     for table, default in (("dpo", DpoConfig()), ("ppo", PpoConfig())):
         if recipe.name != table and getattr(config, table) != default:
             raise ConfigError(f"{table}: {recipe.name} has no use for it; only `rayllm train {table}` has")
+    check_lora(config.lora, spec, random=config.model.random)
+    if SavedRun(Path(config.run)).latest() is not None:
+        _refuse_other_lora(config, directory)
     check_evaluation(config.evaluation, recipe.heads)
     recipe.check(config, directory, dataset)
 
@@ -90,12 +99,15 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     directory = resolve_model(config.model.start)
     mesh = TrainMesh(config.layout, device)
     spec, weights = _start(config, directory)
+    lora = config.lora
     if recipe.heads is Heads.SCORE:
         weights = with_score(weights, config.model.seed)
     elif recipe.heads is Heads.VOCABULARY_AND_VALUE:
         weights = with_value(weights)
+    if lora.rank:
+        weights = with_adapters(weights, config.model.seed)
     objective = recipe.objective(config)
-    trainee = build_trainee(spec, weights, objective, mesh, config.model, heads=recipe.heads)
+    trainee = build_trainee(spec, weights, objective, mesh, config.model, heads=recipe.heads, lora=lora)
     step = TrainStep(trainee, objective, mesh, config.optimizer)
     checkpointer = Checkpointer(run, directory, step, mesh, config.checkpoint, config.model.save_dtype)
     dataset = PackedDataset(Path(config.data.path))
@@ -108,6 +120,9 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     writer = None
     if dist.get_rank() == 0:
         write_run_info(config, recipe.name)
+        (run / _LORA).unlink(missing_ok=True)
+        if lora.rank:
+            write_origin(run, _LORA, _lora_origin(config, directory))
         writer = ProgressWriter(run, done)
     peak = world_peak(device, DTYPES[config.model.compute_dtype])
     evaluation = Evaluation(config, directory, trainee, mesh)
@@ -133,6 +148,25 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         if writer is not None:
             writer.close()  # the last steps of a run that diverges are those that tell why
     checkpointer.close()
+
+
+def _lora_origin(config: TrainConfig, directory: Path) -> dict[str, object]:
+    """What checkpoints of adapters say nothing of, since it does not change."""
+    return {
+        "start_model": weight_version(directory),
+        "lora": {**msgspec.to_builtins(config.lora), "targets": [*config.lora.targets]},
+    }
+
+
+def _refuse_other_lora(config: TrainConfig, directory: Path) -> None:
+    run, learns = Path(config.run), "adapters" if config.lora.rank else "all weights"
+    if bool(config.lora.rank) != (run / _LORA).exists():
+        raise DataError(
+            f"{run}: the run did not begin with {learns} learning, as [lora] says now; go on as it began, or give"
+            " `run` another folder"
+        )
+    if config.lora.rank:
+        refuse_other_origin(run, _LORA, _lora_origin(config, directory))
 
 
 def _spec(directory: Path) -> DecoderSpec:

@@ -27,6 +27,7 @@ from rayllm.train.config import (
     CheckpointConfig,
     DataConfig,
     LayoutConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PpoConfig,
@@ -360,6 +361,22 @@ def test_bfloat16(ranks: Ranks, make: Make, start: Path, tmp_path: Path) -> None
     assert metrics[0].measures["kl"] == 0
     assert all(row.measures["gap_mean_abs_diff"] < 0.05 for row in metrics)
     assert any(row.measures["gap_max_abs_diff"] > 1e-4 for row in metrics), "computed in float32"
+
+
+def test_adapters_answer_and_learn(ranks: Ranks, make: Make, tmp_path: Path) -> None:
+    """The engine draws by what adapters have learnt; the value head learns whole."""
+    lora, rate = LoraConfig(rank=2), OptimizerConfig(learning_rate=1e-3, eps=1e-4)
+    alone, _ = run(ranks, make(tmp_path / "alone", lora=lora, optimizer=rate))
+    assert alone[0].measures["kl"] == 0
+    assert alone[-1].measures["kl"] > 1e-3
+    assert all(row.measures["gap_max_abs_diff"] < 1e-4 for row in alone)
+    assert len({row.measures["value_loss"] for row in alone}) == len(alone)
+    layout = LayoutConfig(shard=2, pipeline=2)
+    for row, other in zip(
+        run(ranks, make(tmp_path / "split", lora=lora, optimizer=rate, layout=layout))[0], alone, strict=True
+    ):
+        assert row.loss == pytest.approx(other.loss, abs=1e-5)
+        assert row.measures["kl"] == pytest.approx(other.measures["kl"], abs=1e-5)
 
 
 def test_an_answer_without_an_end_is_worth_less() -> None:
