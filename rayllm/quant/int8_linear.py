@@ -64,8 +64,8 @@ class Int8Linear(Linear):
         )
 
     def sums(self, x_TK: Tensor, row_bound_T1: Tensor) -> Tensor:
-        """Of W8A8, where x is a part of longer rows whose bounds are given: the sums of integers, exact in float32 up to
-        2^24, and, if the layer has outlier columns, those of their products: [1 or 2, T, N]. To be added to those of
+        """Of W8A8, where x is a part of longer rows whose bounds are given: the sums of integers, in float32 (exact to
+        2^24), and, if the layer has outlier columns, those of their products: [1 or 2, T, N]. To be added to those of
         the other parts."""
         q_TK, _ = quantize_rows(x_TK, row_bound_T1, outlier_columns_J=self.outlier_columns)
         ones_N1, bound_T1 = torch.ones_like(self.weight_scale), torch.full_like(row_bound_T1, 127.0)
