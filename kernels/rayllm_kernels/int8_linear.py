@@ -99,16 +99,24 @@ def _integer_product(q_TK: Tensor, weight_NK: Tensor) -> Tensor:
     return q_TK.double() @ weight_NK.double().T
 
 
-def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """-> int8 [T, K] and float32 scales [T, 1], so that q * scale is x to half a scale."""
-    if on_triton("quantize_rows", x_TK):
+def quantize_rows(
+    x_TK: Tensor, row_bound_T1: Tensor | None = None, *, outlier_columns_J: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """-> int8 [T, K] and float32 scales [T, 1], so that q * scale is x to half a scale; outlier columns are zero.
+
+    `row_bound_T1`: as in `w8a8_linear`.
+    """
+    columns = _none_if_empty(outlier_columns_J)
+    if x_TK.shape[0] > 0 and on_triton("quantize_rows", x_TK):
         from rayllm_kernels.gpu import int8_linear as gpu
 
-        q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), None, None)
+        q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), columns, row_bound_T1)
         return q_TK, scale_T1
     if not _compiled(x_TK):
-        return quantize_rows_reference(x_TK)
-    q_TK, scale_T1, _ = _quantize(x_TK, None, None)
+        if columns is not None:
+            x_TK = x_TK.index_fill(1, columns.long(), 0)
+        return quantize_rows_reference(x_TK, row_bound_T1)
+    q_TK, scale_T1, _ = _quantize(x_TK, columns, row_bound_T1)
     return q_TK, scale_T1
 
 

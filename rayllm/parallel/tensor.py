@@ -38,16 +38,22 @@ class RowParallel(nn.Module):
 
 
 class W8A8RowParallel(RowParallel):
-    """Every rank rounds its slice of a row to the steps of the whole row, so the integers are those of one rank."""
+    """Every rank rounds its slice of a row to the steps of the whole row, so the integers are those of one rank. Their
+    sums are added as integers and scaled once, as one rank does: all ranks but one would else round the next layer's
+    values otherwise here and there, and the layers after it ever more of them.
+
+    What keeps 16 bits is added in float32, in another order than one rank has.
+    """
 
     linear: Int8Linear
 
-    def _product(self, x_TK: Tensor) -> Tensor:
+    def forward(self, x_TK: Tensor) -> Tensor:
         bound_T1 = row_bounds(x_TK, self.linear.outlier_columns)
         # The order of magnitudes is that of their bits, with NaN above all, which a maximum of floats may lose
         dist.all_reduce(bound_T1.view(torch.int32), dist.ReduceOp.MAX, group=self._group)
-        output: Tensor = self.linear(x_TK, bound_T1)
-        return output
+        sums_STN = self.linear.sums(x_TK, bound_T1)
+        dist.all_reduce(sums_STN, group=self._group)
+        return self.linear.scaled(sums_STN, bound_T1, self.bias).to(x_TK.dtype)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -125,26 +125,25 @@ def convert(
 
     Raises CheckpointError for a weight that is not finite.
     """
+
+    def read_weight(layer: str) -> Tensor:
+        return _read(checkpoint, f"{layer}.weight")
+
     layers = quantized_layers(checkpoint, recipe)
     largest = {}
     for layer in layers:
-        largest[layer] = _read(checkpoint, f"{layer}.weight").abs().amax(dim=0).float()
+        largest[layer] = read_weight(layer).abs().amax(dim=0).float()
         advance(1)
     folds, columns = Folds(), dict[str, Tensor]()
     head = "lm_head" in layers or not checkpoint.spec.tie_word_embeddings
     if recipe.outliers == "smooth":
         assert statistics is not None
-        folds = smoothing(
-            checkpoint.spec,
-            recipe.scheme,
-            statistics,
-            lambda layer: _read(checkpoint, f"{layer}.weight"),
-            head=head,
-        )
+        folds = smoothing(checkpoint.spec, recipe.scheme, statistics, read_weight, head=head)
     elif recipe.outliers == "mixed":
         seen = {layer: [statistics[layer].largest_K] if statistics else [] for layer in layers}
         columns = shared_columns(checkpoint.spec, {layer: [*seen[layer], largest[layer]] for layer in layers})
-        folds = even_out(checkpoint.spec, columns, largest, head=head)
+        energies = {layer: one.energy_K for layer, one in statistics.items()} if statistics else {}
+        folds = even_out(checkpoint.spec, columns, read_weight, energies, head=head)
     writer = ShardWriter(directory)
     reports = []
     for name, tensor in _other_parameters(checkpoint, set(layers), folds):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rayllm.models.decoder import Decoder
 from rayllm.models.layers import Linear
 from rayllm.models.quantization import Scheme
-from rayllm_kernels import pack_weight, w8a8_linear, w8a16_linear
+from rayllm_kernels import pack_weight, quantize_rows, w8a8_linear, w8a16_linear
 
 
 class Int8Linear(Linear):
@@ -62,6 +62,25 @@ class Int8Linear(Linear):
             outlier_weight_NJ=self.outlier_weight,
             row_bound_T1=row_bound_T1,
         )
+
+    def sums(self, x_TK: Tensor, row_bound_T1: Tensor) -> Tensor:
+        """Of W8A8, where x is a part of longer rows whose bounds are given: the sums of integers, in float32 (exact to
+        2^24), and, if the layer has outlier columns, those of their products: [1 or 2, T, N]. To be added to those of
+        the other parts."""
+        q_TK, _ = quantize_rows(x_TK, row_bound_T1, outlier_columns_J=self.outlier_columns)
+        ones_N1, bound_T1 = torch.ones_like(self.weight_scale), torch.full_like(row_bound_T1, 127.0)
+        sums_TN = w8a8_linear(q_TK.float(), self.weight, ones_N1, row_bound_T1=bound_T1)
+        if self.outlier_columns is None or self.outlier_weight is None:
+            return sums_TN[None]
+        return torch.stack([sums_TN, x_TK[:, self.outlier_columns].float() @ self.outlier_weight.float().T])
+
+    def scaled(self, sums_STN: Tensor, row_bound_T1: Tensor, bias_N: Tensor | None) -> Tensor:
+        """-> [T, N] float32, from the `sums` of whole rows."""
+        out_TN = sums_STN[0] * (row_bound_T1 / 127.0) * self.weight_scale.T
+        for more_TN in (*sums_STN[1:], bias_N):
+            if more_TN is not None:
+                out_TN = out_TN + more_TN
+        return out_TN
 
     def joins(self, other: Self) -> bool:
         """Whether `joined` takes the two together."""

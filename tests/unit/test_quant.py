@@ -375,10 +375,9 @@ def run_ranks(
     ("scheme", "outliers"), [("w8a16", "none"), ("w8a8", "none"), ("w8a8", "smooth"), ("w8a8", "mixed")]
 )
 def test_three_ranks_answer_as_one(ranks: Ranks, case: str, scheme: Scheme, outliers: Outliers, tmp_path: Path) -> None:
-    """All but the order of three float32 terms in a sum is as on one rank.
-
-    That may push a value of the next layer over the edge between two integers, seldom: then its sequence differs from
-    there on by what a step of int8 makes. Ranks that round by their own slices differ in every row.
+    """W8A8 to the bit: integers are added before they are scaled. What is not int8 differs in the order of three
+    float32 terms of a sum. In a mixed layer that may push a value of the next one over the edge between two integers:
+    then its sequence differs from there on by what a step of int8 makes.
     """
     save_tiny(tmp_path / "model", case, **SIZES[case])
     out = quantize(tmp_path / "model", tmp_path / "out", scheme, outliers)
@@ -388,7 +387,8 @@ def test_three_ranks_answer_as_one(ranks: Ranks, case: str, scheme: Scheme, outl
         pairs.append((run_ranks(ranks, tmp_path / "model", scheme), load(tmp_path / "model", quantize=scheme)))
     for split, model in pairs:
         off_T = (split - logits(model, cu_seqlens=SHORT)).abs().amax(1)
-        assert (off_T < 1e-4).float().mean() >= (1 if scheme == "w8a16" else 0.8), off_T
+        bound = 1e-30 if scheme == "w8a8" and outliers != "mixed" else 1e-4
+        assert (off_T < bound).float().mean() >= (0.8 if outliers == "mixed" else 1), off_T
     ids = IDS[:10]
     for _ in range(6):
         token = run_ranks(ranks, out, None, ids, (0, len(ids)))[-1].argmax()
