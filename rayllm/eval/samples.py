@@ -48,7 +48,9 @@ class SampleStore:
             self._rows.clear()
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"{len(self._shards()):05d}.parquet"
+        # After the last one, however many there are: a damaged one may have been deleted.
+        number = max((int(shard.stem) for shard in self._shards() if shard.stem.isdecimal()), default=-1) + 1
+        path = self._directory / f"{number:05d}.parquet"
         unfinished = path.with_suffix(".tmp")
         pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), unfinished, compression="zstd")
         os.replace(unfinished, path)

@@ -248,6 +248,18 @@ class TestResume:
         with pytest.raises(DataError, match=r"00000\.parquet: cannot be read .* delete it"):
             run("piqa", backend, data, tmp_path)
 
+    def test_a_deleted_shard_costs_no_other(self, tmp_path):
+        """What the message above advises; then its rows are run again."""
+        for index in range(3):
+            store = SampleStore(tmp_path, "piqa")
+            store.add({"index": index})
+            store.flush()
+        (tmp_path / "samples/piqa/00001.parquet").unlink()
+        store = SampleStore(tmp_path, "piqa")
+        store.add({"index": 1})
+        store.flush()
+        assert [row["index"] for row in store.rows()] == [0, 2, 1]
+
     def test_a_folder_holds_one_run(self, tmp_path):
         claim(tmp_path, {"model": "a", "seed": 0})
         claim(tmp_path, {"model": "a", "seed": 0})
