@@ -16,7 +16,7 @@ from rayllm.core.errors import ConfigError
 from rayllm.eval.sandbox import check as sandbox_check
 from rayllm.eval.sandbox.check import TIMED_OUT, Check, Sandbox
 from rayllm.eval.sandbox.jail import Isolation, Limits
-from rayllm.eval.sandbox.problem import definitions
+from rayllm.eval.sandbox.problem import of_prompt, of_solution
 from tests.unit.sandboxed_programs import FINE, HOSTILE
 
 LIMITS = Limits(cpu_s=1, wall_s=2.0, memory_bytes=1 << 29)
@@ -214,9 +214,20 @@ def test_a_jail_that_cannot_be_built_runs_nothing(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-def test_definitions() -> None:
-    code = "import math\nfrom typing import List as L\nX, (Y, *Z) = 1, (2, 3)\nclass A: b = 1\ndef f(q):\n    r = q\n"
-    found = definitions(code)
+CODE = "import math\nfrom typing import List as L\nX, (Y, *Z) = 1, (2, 3)\nclass A: b = 1\ndef f(q):\n    r = q\n"
+
+
+def test_what_a_solution_defines_is_for_the_program() -> None:
+    found = of_solution(CODE)
     assert found.names == {"X", "Y", "Z", "A", "f"}
-    assert found.imports == "import math\nfrom typing import List as L"
-    assert definitions("def f(:").names == frozenset()
+    assert found.setup == "import math\nfrom typing import List as L"
+    assert of_solution("def f(:").names == frozenset()
+
+
+def test_what_a_prompt_gives_is_the_tests_own() -> None:
+    found = of_prompt(f'{CODE}def g(q):\n    """What is it?"""\n', "g")
+    assert found.names == {"A", "g"}
+    assert found.setup == (
+        "import math\nfrom typing import List as L\nX, (Y, *Z) = (1, (2, 3))\n\ndef f(q):\n    r = q"
+    )
+    assert of_prompt("def g(:", "g").names == {"g"}
