@@ -5,6 +5,7 @@ on with the rest.
 """
 
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ class TaskResult:
         groups: dict[str, dict[str, Any]] = {}
         for metric in self.metrics:
             group = groups.setdefault(metric.group, {"num_documents": metric.num_documents, "metrics": {}})
-            group["metrics"][metric.name] = {"value": metric.value, "stderr": metric.stderr}
+            group["metrics"][metric.name] = _as_json(metric)
         return {
             "version": self.version,
             "num_fewshot": self.num_fewshot,
@@ -62,6 +63,13 @@ class TaskResult:
             **groups.pop("", {"num_documents": self.num_documents, "metrics": {}}),
             "groups": groups,
         }
+
+
+def _as_json(metric: Metric) -> dict[str, Any]:
+    """JSON has no infinity: `value` is null then, and a `note` says why."""
+    if math.isfinite(metric.value):
+        return {"value": metric.value, "stderr": metric.stderr}
+    return {"value": None, "stderr": None, "note": f"{metric.value}: no finite number"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

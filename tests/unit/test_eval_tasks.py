@@ -10,6 +10,7 @@ import pytest
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.eval.data import Data, documents_of
 from rayllm.eval.registry import TASK_NAMES, TASKS, find_task
+from rayllm.eval.runner import TaskResult
 from rayllm.eval.task import Document, Generated, Likelihood, Loglikelihood, Score, ShotOrder, choose_shots, mean_metric
 from rayllm.eval.tasks import kmmlu, mmlu
 from tests.eval_documents import GOLDEN, LAW, Golden
@@ -152,6 +153,22 @@ class TestScores:
         assert by_word.value == pytest.approx(math.exp(8 / 6))  # "한 글\n" splits into three, the last one empty
         assert by_byte.value == pytest.approx(math.exp(8 / (5 + 8)))
         assert bits.value == pytest.approx(8 / 13 / math.log(2))
+
+    @pytest.mark.parametrize("name", ["perplexity", "perplexity_strided"])
+    def test_a_perplexity_beyond_floats_is_infinite(self, name):
+        """A text without spaces is one word."""
+        task = find_task(name)
+        (one,) = documents_of([{"text": "가" * 300}])
+        scored = [(one, task.score(one, [Likelihood(logprob=-900.0, num_tokens=1, is_greedy=False)]))]
+        metric = task.aggregate(scored)[0]
+        assert metric.value == math.inf
+        result = TaskResult(
+            task=name, version="", num_fewshot=0, num_documents=1, num_resumed=0, metrics=task.aggregate(scored)
+        )
+        written = json.loads(json.dumps(result.as_json(), allow_nan=False))["metrics"]
+        assert written[metric.name] == {"value": None, "stderr": None, "note": "inf: no finite number"}
+        if name == "perplexity":
+            assert written["byte_perplexity"]["value"] == pytest.approx(math.e)
 
 
 class TestAverages:

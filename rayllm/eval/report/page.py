@@ -127,7 +127,8 @@ def _of(part: Mapping[str, Any] | None, metric: str) -> Figure | None:
     if part is None or metric not in part["metrics"]:
         return None
     found = part["metrics"][metric]
-    return Figure(value=found["value"], stderr=found["stderr"], num_documents=part["num_documents"])
+    value = math.nan if found["value"] is None else found["value"]
+    return Figure(value=value, stderr=found["stderr"], num_documents=part["num_documents"])
 
 
 def _changes(task: str, metric: str, first: Run, other: Run) -> Changes:
@@ -165,6 +166,8 @@ def _shortened(text: str, *, end: bool = False) -> str:
 
 def _figure(value: float) -> str:
     """Shares in percent with two decimals would hide nothing; other figures with four significant digits."""
+    if not math.isfinite(value):
+        return "not finite"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
 
 
