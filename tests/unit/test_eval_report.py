@@ -1,5 +1,6 @@
 """The report against numpy and scipy, and as a page: complete, self-contained, and safe with what models write."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,22 @@ def test_the_page_says_what_the_runs_say(directories: list[Path]) -> None:
     assert "Sandbox: A landlock, B landlock." in page.text
     assert "expected calibration error" in page.text
     assert page.tags.count("details") <= 2 * MAX_CHANGED
+
+
+def test_the_page_says_in_what_the_runs_differ(directories: list[Path]) -> None:
+    """The same model with int8 weights has the same name."""
+    for directory, quantize, limit in zip(directories, (None, "w8a8"), (None, 100), strict=True):
+        settings = {"model": "tiny", "dtype": "bfloat16", "quantize": quantize, "limit": limit, "seconds": 1.0}
+        write_results(directory, {"weight_version": None, "seed": 0, **settings, "tasks": {}})
+    runs = read_runs(directories)
+    table = render(runs).partition("</table>")[0]
+    names = re.findall("<th>(.*?)</th>", table)
+    assert names == ["run", "model", "weights", "seed", "quantize", "limit", "folder"]
+    assert re.findall("<td>([^<]*)</td>", table) == [
+        *("tiny", "not said", "0", "-", "-", "plain"),
+        *("tiny", "not said", "0", "w8a8", "100", "int8"),
+    ]
+    assert "quantize" not in render(runs[1:])
 
 
 def test_one_run_and_a_task_that_only_one_has(directories: list[Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.core.page import render_page, write_page
-from rayllm.eval.report.runs import Row, Run, read_runs, task_names
+from rayllm.eval.report.runs import Row, Run, differing_settings, read_runs, task_names
 from rayllm.eval.report.statistics import Calibration, Difference, calibration, changed, paired_difference
 
 MAX_CHANGED = 40  # samples shown for a task and a pair of runs
@@ -75,7 +75,8 @@ def write_report(directories: Sequence[Path], path: Path) -> None:
 def render(runs: Sequence[Run]) -> str:
     sections = [_section(task, runs) for task in task_names(runs)]
     filters = {"figure": _figure, "signed": _signed, "error": _error}
-    return render_page("rayllm.eval.report", filters, runs=runs, sections=sections)
+    settings = differing_settings(runs)
+    return render_page("rayllm.eval.report", filters, runs=runs, settings=settings, sections=sections)
 
 
 def _section(task: str, runs: Sequence[Run]) -> Section:
