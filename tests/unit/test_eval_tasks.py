@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,27 @@ class TestScores:
         score = task.score(document(GOLDEN[1]), [Generated(texts=(text,))])
         assert score.extracted == extracted
         assert score.values["exact_match"] == float(extracted == "C")
+
+    def test_written_answers_are_those_of_lm_evals_pattern(self):
+        pattern = re.compile(r"(?<=정답은)\s*[(]?(A|B|C|D)[)]?.*(?=입니다.)")
+        generator, found = random.Random(0), 0
+        pieces = ["정답은", "정답은", "입니다", "입니다", ".", " ", "\n", "\r", "(", ")", "A", "B", "D", "답은", "x"]
+        for _ in range(100_000):
+            text = "".join(generator.choices(pieces, k=generator.randrange(16)))
+            expected = pattern.findall(text)
+            assert kmmlu.written_answers(text) == expected, text
+            found += bool(expected)
+        assert found > 5000
+
+    @pytest.mark.parametrize(
+        "piece", ["정답은A", "정답은 ", "정답은", "정답은A입니다", "정답은A입니다.\n", " ", "입니다."]
+    )
+    @pytest.mark.parametrize("start", ["", "정답은"])
+    def test_hostile_answers_are_read_in_time(self, start, piece):
+        task = find_task("kmmlu_cot_hard_law")
+        started = time.perf_counter()
+        task.score(document(GOLDEN[1]), [Generated(texts=(start + piece * ((1 << 20) // len(piece)),))])
+        assert time.perf_counter() - started < 5
 
     def test_perplexity_is_a_ratio_of_sums(self):
         task = find_task("perplexity")

@@ -80,7 +80,7 @@ GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in 
 COLUMNS = ("question", "answer", *LETTERS)
 _LM_EVAL = "lm-eval==0.4.13"
 _INVALID = "[invalid]"
-_ANSWER = re.compile(r"(?<=정답은)\s*[(]?(A|B|C|D)[)]?.*(?=입니다.)")
+_ANSWER_BEGINS, _ANSWER_ENDS = re.compile(r"(?<=정답은)\s*[(]?([ABCD])"), "입니다"
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -184,7 +184,7 @@ class KmmluCotHard(_KmmluTask):
         return [Generate(prompt=prompt, until=("질문:",), max_tokens=2048)]
 
     def score(self, document: Document, responses: Sequence[Response]) -> Score:
-        found = _ANSWER.findall(_text(responses))
+        found = written_answers(_text(responses))
         answer = found[0].strip() if found else _INVALID
         return Score(values={"exact_match": float(_bare(answer) == _bare(self.target(document)))}, extracted=answer)
 
@@ -216,9 +216,28 @@ def _cot_config(data: Data, subject: str) -> dict[str, Any]:
 
 def _as_row(shot: Mapping[str, Any]) -> dict[str, Any]:
     """A worked solution as a question of KMMLU, whose answers count from 1."""
-    (letter,) = _ANSWER.findall(shot["target"])
+    (letter,) = written_answers(shot["target"])
     question = shot["question"].removeprefix("질문:").strip()
     return {"question": question, "answer": LETTERS.index(letter) + 1, **{each: shot[each] for each in LETTERS}}
+
+
+def written_answers(text: str) -> list[str]:
+    r"""What lm-eval's `(?<=정답은)\s*[(]?(A|B|C|D)[)]?.*(?=입니다.)` finds, in time linear in the text's length.
+
+    An answer goes up to the last end on its line, and an end has one more character after it.
+    """
+    answers: list[str] = []
+    position, line_end, last_end = 0, -1, -1
+    while found := _ANSWER_BEGINS.search(text, position):
+        position = found.end()
+        if position > line_end:  # the first one on its line
+            line_end = text.find("\n", position)
+            line_end = len(text) if line_end < 0 else line_end
+            last_end = text.rfind(_ANSWER_ENDS, position, line_end - 1)
+        if last_end >= position:
+            answers.append(found[1])
+            position = last_end
+    return answers
 
 
 def _file_name(subject: str) -> str:
