@@ -173,18 +173,19 @@ def _files_in(folder: Path, table: Table) -> list[Path]:
         for directory in (root / config / table.split, root / config, root / "data", root):
             if directory == folder / "data" or not directory.is_dir():
                 continue
-            if files := _split_files(directory, table, all_of_it=directory.name == table.split):
+            if files := _split_files(directory, directory.relative_to(folder), table):
                 return files
     return []
 
 
-def _split_files(directory: Path, table: Table, *, all_of_it: bool) -> list[Path]:
-    """Of one kind: `test.jsonl`, `test-00000-of-00002.parquet`, `anatomy-test.parquet`; all files of its own folder."""
+def _split_files(directory: Path, inside: Path, table: Table) -> list[Path]:
+    """Of one kind: `test.jsonl`, `test-00000-of-00002.parquet`, `anatomy-test.parquet`; all files of its own folder.
+    `inside`: what of the directory's path lies in the data folder."""
     stems: Sequence[str] = [table.split]
-    if table.config and table.config not in directory.parts:
+    if table.config and table.config not in inside.parts:
         stems = [f"{table.config}-{table.split}", f"{table.config}_{table.split}"]
     for suffix in _SUFFIXES:
-        names = ["*"] if all_of_it else [*stems, *(f"{stem}-*-of-*" for stem in stems)]
+        names = ["*"] if inside.name == table.split else [*stems, *(f"{stem}-*-of-*" for stem in stems)]
         if files := sorted(file for name in names for file in directory.glob(name + suffix)):
             return files
     return []

@@ -70,6 +70,19 @@ def test_another_configuration_is_not_taken_for_it(tmp_path):
         Data(tmp_path).rows(TABLE)
 
 
+def test_names_above_the_folder_mean_nothing(tmp_path):
+    """A folder called as a configuration, or as a split, holds what its files are called."""
+    folder = tmp_path / "easy/test"
+    write(folder / "easy-test.jsonl", ROWS)
+    write(folder / "hard-test.jsonl", ROWS[:1])
+    assert Data(folder).rows(TABLE) == ROWS
+    write(folder / "test.jsonl", ROWS[1:])
+    assert Data(folder).rows(TABLE) == ROWS
+    (folder / "easy-test.jsonl").unlink()
+    with pytest.raises(DataError, match="does not hold someone/quiz easy test"):
+        Data(folder).rows(TABLE)
+
+
 def test_a_package(tmp_path):
     table = Table(
         name="someone/quiz",
