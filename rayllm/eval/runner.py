@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rayllm.core.errors import ConfigError
+from rayllm.core.errors import ConfigError, DataError
 from rayllm.eval.backend import Backend
 from rayllm.eval.data import Data
 from rayllm.eval.record import RunInfo, make_row, score_of
@@ -83,7 +84,21 @@ def check_task(task: Task, data: Data, settings: EvalSettings) -> None:
     """Raises what `run_task` would raise without asking the model anything: before a large one is loaded, say."""
     task.check_permission(allow_code_execution=settings.allow_code_execution)
     documents = _first_of_each_subject(task.documents(data), settings.limit)
-    _shot_pool(task, documents, data, _num_fewshot(task, settings))
+    pool = _shot_pool(task, documents, data, _num_fewshot(task, settings))
+    for document in documents:
+        _check_row(task, document, task.target)
+        _check_row(task, document, task.question)
+    for shot in chain.from_iterable(pool.values()):
+        _check_row(task, shot, task.example)
+
+
+def _check_row(task: Task, document: Document, make: Callable[[Document], str]) -> None:
+    """DataError where the row's columns hold what the task can make no use of: an answer among four that is the 7th."""
+    try:
+        make(document)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        source = document.source or f"document {document.index} of {document.subject or task.name}"
+        raise DataError(f"{source}: is no row of {task.name} ({type(error).__name__}: {error})") from error
 
 
 def run_task(

@@ -10,7 +10,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,11 +26,13 @@ TARGET_DELIMITER = " "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One row of a data set. `index` counts within its subject, in the data's own order."""
+    """One row of a data set. `index` counts within its subject, in the data's own order; `source` is the row's file and
+    number, where it has one."""
 
     index: int
     fields: Mapping[str, Any]
     subject: str = ""
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

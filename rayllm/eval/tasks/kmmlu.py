@@ -143,7 +143,7 @@ class KmmluDirect(_KmmluTask):
     metrics = ("exact_match",)
 
     def target(self, document: Document) -> str:
-        return LETTERS[int(document.fields["answer"]) - 1]
+        return _letter(document.fields["answer"])
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
         return [Generate(prompt=prompt, until=("Q:", "\n\n", "</s>", "."))]
@@ -178,7 +178,7 @@ class KmmluCotHard(_KmmluTask):
 
     def target(self, document: Document) -> str:
         fields = document.fields
-        return LETTERS[int(fields["answer"]) - 1] if "answer" in fields else str(fields["target"])
+        return _letter(fields["answer"]) if "answer" in fields else str(fields["target"])
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
         return [Generate(prompt=prompt, until=("질문:",), max_tokens=2048)]
@@ -191,6 +191,11 @@ class KmmluCotHard(_KmmluTask):
     def _read(self, data: Data, subject: str, split: str) -> list[Document]:
         table = Table(name=self.hub_name, config=_file_name(subject), split=split, columns=COLUMNS)
         return data.documents(table, subject)
+
+
+def _letter(answer: int | str) -> str:
+    """KMMLU counts from 1."""
+    return dict(enumerate(LETTERS, 1))[int(answer)]
 
 
 def _macro(name: str, by_subject: Sequence[Metric]) -> Metric:

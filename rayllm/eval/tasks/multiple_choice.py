@@ -31,7 +31,10 @@ class MultipleChoice(Task):
         """The index of the right choice."""
 
     def target(self, document: Document) -> str:
-        return self.choices(document)[self.gold(document)]
+        gold, choices = self.gold(document), self.choices(document)
+        if not 0 <= gold < len(choices):  # not counted from the end
+            raise IndexError(f"choice {gold} of {len(choices)}, counted from 0")
+        return choices[gold]
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
         return [
