@@ -51,7 +51,9 @@ def run(
     url: Annotated[
         str | None,
         typer.Option(
-            "--url", help="Instead of a model: http://HOST:PORT of an OpenAI-compatible endpoint, or grpc://."
+            "--url",
+            help="Instead of a model: http://HOST:PORT of an OpenAI-compatible endpoint, or grpc://. It is sent the key"
+            " in OPENAI_API_KEY, if any.",
         ),
     ] = None,
     num_fewshot: Annotated[

@@ -127,6 +127,13 @@ class ShotOrder(Enum):
     RANDOM_OTHERS = "random_others"  # one more is drawn, and one that equals the document is left out
 
 
+def cut(text: str, until: Sequence[str]) -> str:
+    """`text` up to the first of `until`."""
+    for end in until:
+        text = text.partition(end)[0]
+    return text
+
+
 class Task(ABC):
     """`score` may be called from any thread, several at a time; all else is called from one.
 

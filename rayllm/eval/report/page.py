@@ -145,7 +145,7 @@ def _nats_line(task: str, unit: str, runs: Sequence[Run]) -> Line:
     return Line(
         metric=f"nats per {unit.removesuffix('s')}",
         figures=[
-            ratio and Figure(value=ratio.value, stderr=ratio.stderr, num_documents=ratio.num_documents)
+            None if ratio is None else Figure(value=ratio.value, stderr=ratio.stderr, num_documents=ratio.num_documents)
             for ratio in ratios
         ],
         differences=[None, *(paired_nats(runs[0].rows(task), run.rows(task), unit) for run in runs[1:])],

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from rayllm.eval.task import Document, Generate, Generated, Request, Response, Score, Task
+from rayllm.eval.task import Document, Generate, Generated, Request, Response, Score, Task, cut
 
 
 class Generation(Task):
@@ -53,6 +53,4 @@ class Generation(Task):
 
     def cut(self, text: str) -> str:
         """`text` up to the first of `until`."""
-        for end in self.until:
-            text = text.partition(end)[0]
-        return text
+        return cut(text, self.until)
