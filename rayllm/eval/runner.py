@@ -109,13 +109,16 @@ def run_task(
     *,
     output: Path | None = None,
     progress: Progress,
+    on_flush: Callable[[], None] = lambda: None,
 ) -> TaskResult:
-    """Raises DataError for data that is missing, ConfigError for what cannot be run."""
+    """`on_flush` is called when rows have been written.
+
+    Raises DataError for data that is missing, ConfigError for what cannot be run."""
     task.check_permission(allow_code_execution=settings.allow_code_execution)
     documents = _first_of_each_subject(task.documents(data), settings.limit)
     num_fewshot = _num_fewshot(task, settings)
     items = _items(task, documents, data, num_fewshot, settings.seed)
-    store = SampleStore(output, task.name)
+    store = SampleStore(output, task.name, on_flush)
     scores = _scores_so_far(store, task, documents)
     missing = [item for item in items if _key(item.document) not in scores]
     info = RunInfo(
