@@ -145,6 +145,7 @@ class Task(ABC):
     metrics: tuple[str, ...]
     num_fewshot: ClassVar[int] = 0  # where the user says nothing
     shot_order: ClassVar[ShotOrder] = ShotOrder.RANDOM
+    until: ClassVar[tuple[str, ...]] = ()  # what ends a written answer
     runs_code: ClassVar[bool] = False  # `score` runs what the model wrote: ask `check_permission` first
 
     @abstractmethod
@@ -187,8 +188,8 @@ class Task(ABC):
         return self.worth(document, text)
 
     def worth(self, document: Document, text: str) -> float:
-        """`reward` once it is permitted: the first metric."""
-        return self.score(document, [Generated(texts=(text,))]).values[self.metrics[0]]
+        """`reward` once it is permitted: the first metric; what follows the answer's end does not count."""
+        return self.score(document, [Generated(texts=(cut(text, self.until),))]).values[self.metrics[0]]
 
     def check_permission(self, *, allow_code_execution: bool) -> None:
         """Raises ConfigError for a task that runs what the model writes, unless that is allowed."""

@@ -115,7 +115,27 @@ class TestScores:
     def test_a_reward_for_a_written_answer(self):
         task = find_task("mmlu_anatomy")
         one = document(GOLDEN[0])
-        assert [task.reward(one, text) for text in (" B", "B. The heart", "A", "")] == [1.0, 1.0, 0.0, 0.0]
+        texts = [" B", "B. The heart", "B) ", "B\nQ:", "A", "", "Bones", "B is wrong", "BA", "B's"]
+        assert [task.reward(one, text) for text in texts] == [1.0] * 4 + [0.0] * 6
+
+    def test_a_reward_for_a_choice_in_words(self):
+        piqa = find_task("piqa")
+        (one,) = documents_of([{"goal": "To dry", "sol1": "use paper", "sol2": "use paper towels", "label": 0}])
+        texts = ["use paper", " use paper.", "use paper, then", "use papers", "use paper towels", "use", ""]
+        assert [piqa.reward(one, text) for text in texts] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+        winogrande = find_task("winogrande")
+        row = {"sentence": "Ann met Eve as _ was home.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+        (one,) = documents_of([row])
+        assert [winogrande.reward(one, text) for text in (" was home.", "was out.")] == [1.0, 0.0]
+
+    def test_rewards_end_where_the_answer_does(self):
+        direct, cot = find_task("kmmlu_direct_law"), find_task("kmmlu_cot_hard_law")
+        one = document(GOLDEN[1])
+        assert [direct.reward(one, text) for text in ("C", "C.Q: and?", "C\n\nnext", "C D")] == [1.0, 1.0, 1.0, 0.0]
+        assert cot.reward(one, "정답은 (C) 입니다.\n\n질문: 정답은 (A) 입니다.") == 1.0
+        assert cot.reward(one, "질문: 정답은 (C) 입니다.") == 0.0
+
+    def test_a_text_has_no_reward(self):
         with pytest.raises(ConfigError, match="no reward"):
             find_task("perplexity").reward(Document(index=0, fields={"text": "a"}), "a")
 

@@ -141,12 +141,13 @@ class KmmluDirect(_KmmluTask):
     """The model writes the letter."""
 
     metrics = ("exact_match",)
+    until: ClassVar[tuple[str, ...]] = ("Q:", "\n\n", "</s>", ".")
 
     def target(self, document: Document) -> str:
         return _letter(document.fields["answer"])
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
-        return [Generate(prompt=prompt, until=("Q:", "\n\n", "</s>", "."))]
+        return [Generate(prompt=prompt, until=self.until)]
 
     def score(self, document: Document, responses: Sequence[Response]) -> Score:
         answer = _bare(_text(responses).replace(" ", ""))
@@ -161,6 +162,7 @@ class KmmluCotHard(_KmmluTask):
     hub_name = "HAERAE-HUB/KMMLU-HARD"
     num_fewshot: ClassVar[int] = 5
     shot_order: ClassVar[ShotOrder] = ShotOrder.FIRST
+    until: ClassVar[tuple[str, ...]] = ("질문:",)
 
     def __init__(self, name: str, subjects: Sequence[str] = tuple(GROUP_OF)) -> None:
         super().__init__(name, subjects)
@@ -181,7 +183,7 @@ class KmmluCotHard(_KmmluTask):
         return _letter(fields["answer"]) if "answer" in fields else str(fields["target"])
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
-        return [Generate(prompt=prompt, until=("질문:",), max_tokens=2048)]
+        return [Generate(prompt=prompt, until=self.until, max_tokens=2048)]
 
     def score(self, document: Document, responses: Sequence[Response]) -> Score:
         found = written_answers(_text(responses))
