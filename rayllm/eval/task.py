@@ -10,7 +10,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,11 +26,13 @@ TARGET_DELIMITER = " "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One row of a data set. `index` counts within its subject, in the data's own order."""
+    """One row of a data set. `index` counts within its subject, in the data's own order; `source` is the row's file and
+    number, where it has one."""
 
     index: int
     fields: Mapping[str, Any]
     subject: str = ""
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +127,13 @@ class ShotOrder(Enum):
     RANDOM_OTHERS = "random_others"  # one more is drawn, and one that equals the document is left out
 
 
+def cut(text: str, until: Sequence[str]) -> str:
+    """`text` up to the first of `until`."""
+    for end in until:
+        text = text.partition(end)[0]
+    return text
+
+
 class Task(ABC):
     """`score` may be called from any thread, several at a time; all else is called from one.
 
@@ -136,6 +145,7 @@ class Task(ABC):
     metrics: tuple[str, ...]
     num_fewshot: ClassVar[int] = 0  # where the user says nothing
     shot_order: ClassVar[ShotOrder] = ShotOrder.RANDOM
+    until: ClassVar[tuple[str, ...]] = ()  # what ends a written answer
     runs_code: ClassVar[bool] = False  # `score` runs what the model wrote: ask `check_permission` first
 
     @abstractmethod
@@ -178,8 +188,8 @@ class Task(ABC):
         return self.worth(document, text)
 
     def worth(self, document: Document, text: str) -> float:
-        """`reward` once it is permitted: the first metric."""
-        return self.score(document, [Generated(texts=(text,))]).values[self.metrics[0]]
+        """`reward` once it is permitted: the first metric; what follows the answer's end does not count."""
+        return self.score(document, [Generated(texts=(cut(text, self.until),))]).values[self.metrics[0]]
 
     def check_permission(self, *, allow_code_execution: bool) -> None:
         """Raises ConfigError for a task that runs what the model writes, unless that is allowed."""

@@ -61,7 +61,7 @@ class Evaluation:
         return bool(self._tasks) and (ends or (every > 0 and step % every == 0))
 
     def __call__(self, step: int) -> dict[str, float]:
-        """On every rank. -> the metrics of whole tasks, as TASK.METRIC."""
+        """On every rank. -> the metrics of whole tasks that are finite, as TASK.METRIC."""
         output = None
         if dist.get_rank() == 0:
             output = Path(self._config.run) / "evaluations" / f"step-{step:08d}"
@@ -86,6 +86,7 @@ class Evaluation:
             f"{task}.{name}": metric["value"]
             for task, result in report["tasks"].items()
             for name, metric in result["metrics"].items()
+            if metric["value"] is not None
         }
 
     def _engine(self, checkpoint: Checkpoint) -> EngineConfig:

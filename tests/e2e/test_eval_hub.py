@@ -159,4 +159,4 @@ def test_a_column_that_the_hubs_table_lacks(hub: Any, tiny_model: Path, tmp_path
     hub.files["baber/piqa"] = {"default/validation/0000.parquet": parquet(rows, tmp_path / "rows.parquet")}
     result = evaluate(hub.url, tiny_model, tmp_path / "home", "--tasks", "piqa")
     assert result.returncode == 1
-    assert "0000.parquet: has no column sol2, label; it has goal, sol1, answer." in result.stderr
+    assert "0000.parquet, row 1: has no column sol2, label; it has goal, sol1, answer." in result.stderr

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from rayllm.core.errors import DataError
 from rayllm.eval.data import Data, Packaged, Table
 from rayllm.eval.registry import find_task
+from rayllm.eval.runner import EvalSettings, check_task
 
 ROWS = [{"question": "하나?", "n": 1}, {"question": "two?", "n": 2}, {"question": "\u2028three?", "n": 3}]
 TABLE = Table(name="someone/quiz", config="easy", split="test", columns=("question", "n"))
@@ -70,6 +72,19 @@ def test_another_configuration_is_not_taken_for_it(tmp_path):
         Data(tmp_path).rows(TABLE)
 
 
+def test_names_above_the_folder_mean_nothing(tmp_path):
+    """A folder called as a configuration, or as a split, holds what its files are called."""
+    folder = tmp_path / "easy/test"
+    write(folder / "easy-test.jsonl", ROWS)
+    write(folder / "hard-test.jsonl", ROWS[:1])
+    assert Data(folder).rows(TABLE) == ROWS
+    write(folder / "test.jsonl", ROWS[1:])
+    assert Data(folder).rows(TABLE) == ROWS
+    (folder / "easy-test.jsonl").unlink()
+    with pytest.raises(DataError, match="does not hold someone/quiz easy test"):
+        Data(folder).rows(TABLE)
+
+
 def test_a_package(tmp_path):
     table = Table(
         name="someone/quiz",
@@ -101,8 +116,78 @@ def test_damaged_files_are_named(tmp_path, suffix, content):
 
 def test_wrong_columns_are_named_with_those_there_are(tmp_path):
     write(tmp_path / "quiz/easy/test.jsonl", [{"question": "?", "m": 1}])
-    with pytest.raises(DataError, match=r"test\.jsonl: has no column n; it has question, m\. Get it with `hf download"):
+    with pytest.raises(
+        DataError, match=r"test\.jsonl, row 1: has no column n; it has question, m\. Get it with `hf download"
+    ):
         Data(tmp_path).rows(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"question": "?", "m": 1}, "has no column n; it has question, m. Get it with"),
+        ({"question": None, "n": 1}, "has null for question"),
+        ([1, 2], "is no object with columns, but [1, 2]"),
+        (None, "is no object with columns, but None"),
+    ],
+)
+@pytest.mark.parametrize("first", [[], ROWS[:1]])
+def test_every_row_is_checked(tmp_path, row, problem, first):
+    path = tmp_path / "quiz/easy/test.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(each) + "\n" for each in [*first, row]))
+    with pytest.raises(DataError, match=re.escape(f"test.jsonl, row {len(first) + 1}: {problem}")):
+        Data(tmp_path).rows(TABLE)
+
+
+def test_a_row_that_cannot_be_converted_is_named(tmp_path):
+    def convert(row):
+        return {"question": row["asked"], "n": 1}
+
+    table = Table(
+        name="someone/quiz", split="test", columns=("n",), packaged=Packaged(path="stored.jsonl", convert=convert)
+    )
+    (tmp_path / "stored.jsonl").write_text('{"asked": 1}\n{"ask": 1}\n')
+    with pytest.raises(DataError, match=r"stored\.jsonl, row 2: cannot be read \(KeyError: 'asked'\)\. Get it with"):
+        Data(tmp_path).rows(table)
+
+
+PIQA = {"goal": "To dry", "sol1": "air", "sol2": "soup", "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"label": 7}, "IndexError: choice 7 of 2, counted from 0"),
+        ({"label": -1}, "IndexError: choice -1 of 2, counted from 0"),
+        ({"label": ""}, "ValueError: invalid literal"),
+        ({"label": [1]}, "TypeError: "),
+    ],
+)
+def test_a_row_that_is_none_of_the_tasks_is_named_before_a_model_is_asked(tmp_path, wrong, problem):
+    rows = [PIQA, {**PIQA, **wrong}]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = find_task("piqa")
+    with pytest.raises(DataError, match=re.escape(f"validation.jsonl, row 2: is no row of piqa ({problem}")):
+        check_task(task, Data(tmp_path), EvalSettings())
+    check_task(task, Data(tmp_path), EvalSettings(limit=1))
+
+
+@pytest.mark.parametrize("answer", [0, 5])
+def test_an_answer_of_kmmlu_that_is_none(tmp_path, answer):
+    row = {"question": "?", "answer": answer, **{letter: letter for letter in "ABCD"}}
+    (tmp_path / "Law-test.jsonl").write_text(json.dumps(row))
+    for name in ("kmmlu_law", "kmmlu_direct_law"):
+        with pytest.raises(DataError, match=rf"Law-test\.jsonl, row 1: is no row of {name}"):
+            check_task(find_task(name), Data(tmp_path), EvalSettings())
+
+
+def test_a_shot_that_is_none_is_named(tmp_path):
+    rows = [{**PIQA, "label": label} for label in (0, 1, 9)]
+    for split, some in (("validation", rows[:1]), ("train", rows)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    with pytest.raises(DataError, match=r"train\.jsonl, row 3: is no row of piqa"):
+        check_task(find_task("piqa"), Data(tmp_path), EvalSettings(num_fewshot=1))
 
 
 def test_no_rows(tmp_path):

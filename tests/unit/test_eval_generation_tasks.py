@@ -126,6 +126,46 @@ def test_programs(name: str, text: str, passes: float) -> None:
     assert find_task(name).runs_code
 
 
+ENCODED = {
+    "prompt": """import math
+
+class Key:
+    def __init__(self, shift):
+        self.shift = shift
+
+def encode(s, key):
+    return "".join(chr(math.floor(ord(each) + key.shift)) for each in s)
+
+
+def decode(s, key):
+    \"\"\"Takes what `encode` has made and gives the text.\"\"\"
+""",
+    "test": """def check(candidate):
+    for text in ("abc", "xy"):
+        key = Key(2)
+        assert candidate(encode(text, key), key) == text
+""",
+    "entry_point": "decode",
+}
+DECODED = '    return "".join(chr(ord(each) - key.shift) for each in s)\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        (DECODED, 1.0),
+        (DECODED + "encode = None\n", 1.0),
+        ("    return s\nencode = lambda s, key: s\n", 0.0),
+        ("    return s\nmath.floor = lambda x: 0\n", 0.0),
+        ("    global encode\n    encode = lambda s, key: s\n    return s\n", 0.0),
+    ],
+)
+def test_the_prompts_helpers_are_not_the_programs(text: str, passes: float) -> None:
+    """HumanEval's decode_cyclic is tested with the prompt's encode_cyclic."""
+    one = Document(index=0, fields=ENCODED)
+    assert find_task("humaneval").score(one, [Generated(texts=(text,))]).values == {"pass@1": passes}
+
+
 def test_many_samples_give_pass_at_k() -> None:
     texts = [RIGHT] * 3 + ["    return 0\n"] * 61
     values = score("humaneval_64", *texts).values

@@ -1,5 +1,7 @@
 """The report against numpy and scipy, and as a page: complete, self-contained, and safe with what models write."""
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import scipy.stats
 from rayllm.core.errors import ConfigError
 from rayllm.eval.report.page import MAX_CHANGED, render, write_report
 from rayllm.eval.report.runs import read_runs
-from rayllm.eval.report.statistics import calibration, changed, paired_difference
+from rayllm.eval.report.statistics import calibration, changed, nats_per, paired_difference, paired_nats, score
 from rayllm.eval.samples import SampleStore, write_results
 from rayllm.eval.task import mean_metric
 from tests.html_page import parse
@@ -104,6 +106,86 @@ def test_paired_difference_is_that_of_scipy(directories: list[Path]) -> None:
     assert found.is_clear == (low > 0 or high < 0)
 
 
+def page_row(index: int, loglikelihood: float, words: int) -> dict[str, Any]:
+    scores = {"loglikelihood": loglikelihood, "words": words, "bytes": 5 * words, "tokens": 2 * words}
+    response = {**choice_row(0, [loglikelihood] * 4, 0)["responses"][0], "prompt": "", "continuation": "a text"}
+    row = {**choice_row(index, [0.0] * 4, 0, ""), "task": "perplexity", "extracted": None, "target": f"text {index}"}
+    return {**row, "scores": list(scores.items()), "responses": [response]}
+
+
+@pytest.fixture
+def pages() -> list[list[dict[str, Any]]]:
+    """Of two runs; documents are hard and long for both alike."""
+    random = np.random.default_rng(1)
+    words = random.integers(1, 400, size=80)
+    hardness = random.normal(4, 1, size=80)
+    runs = [
+        [-w * (h + extra + random.normal(0, 0.05)) for w, h in zip(words, hardness, strict=True)] for extra in (0, 0.1)
+    ]
+    return [[page_row(i, float(ll), int(w)) for i, (ll, w) in enumerate(zip(run, words, strict=True))] for run in runs]
+
+
+def test_paired_nats_are_those_of_the_ratio_estimator(pages: list[list[dict[str, Any]]]) -> None:
+    first, other = ({("", row["index"]): row for row in rows} for rows in pages)
+    found, alone = paired_nats(first, other, "bytes"), nats_per(pages[0], "bytes")
+    assert found is not None
+    assert alone is not None
+    columns = [[dict(row["scores"])[name] for row in rows] for rows in pages for name in ("loglikelihood", "bytes")]
+    before, sizes, after, _ = map(np.array, columns)
+    n = len(sizes)
+
+    def textbook(nats: Any) -> tuple[float, float]:
+        """Cochran, Sampling Techniques, 6.4: by variances and the covariance."""
+        ratio = nats.sum() / sizes.sum()
+        spread = np.cov(nats, sizes)
+        variance = (spread[0, 0] - 2 * ratio * spread[0, 1] + ratio**2 * spread[1, 1]) / n / sizes.mean() ** 2
+        return ratio, variance**0.5
+
+    value, stderr = textbook(before - after)
+    low, high = scipy.stats.norm.interval(0.95, value, stderr)
+    assert (found.value, found.low, found.high, found.num_documents) == pytest.approx((value, low, high, n), rel=1e-6)
+    assert (alone.value, alone.stderr) == pytest.approx(textbook(-before), rel=1e-9)
+    random = np.random.default_rng(2)
+    draws = random.integers(0, n, size=(4000, n))
+    resampled = (before - after)[draws].sum(1) / sizes[draws].sum(1)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * resampled.std(), rel=0.1)
+    assert found.is_clear
+    assert paired_nats(first, {("", 0): first["", 0]}, "bytes") is None
+    assert paired_nats(first, {}, "bytes") is None
+    assert nats_per([text_row(0, "", 1.0)], "bytes") is None
+
+
+def test_the_page_compares_perplexities(pages: list[list[dict[str, Any]]], tmp_path: Path) -> None:
+    pages[1][3]["scores"] = pages[0][3]["scores"] = [("loglikelihood", -30.0), ("words", 10), ("bytes", 50)]
+    pages[1][5]["scores"] = [("loglikelihood", -1.0), ("words", 10), ("bytes", 50)]
+    figure = {"value": 54.6, "stderr": None}
+    infinite = {"value": None, "stderr": None, "note": "inf: no finite number"}
+    for i, rows in enumerate(pages):
+        directory = write_run(tmp_path / f"{i}", {"perplexity": rows})
+        content = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+        content["tasks"]["perplexity"]["metrics"] = {"word_perplexity": infinite, "byte_perplexity": figure}
+        write_results(directory, content)
+    runs = read_runs([tmp_path / "0", tmp_path / "1"])
+    html = render(runs)
+    text = parse(html).text.replace("\n", " ")
+    for unit in ("words", "bytes"):
+        found = paired_nats(runs[0].rows("perplexity"), runs[1].rows("perplexity"), unit)
+        assert found is not None
+        colour = "bad" if found.is_clear else ""
+        assert f'<span class="{colour}">{found.value:+.4f}</span> [{found.low:+.4f}, {found.high:+.4f}]' in html
+        assert f"nats per {unit[:-1]}" in text
+    assert "not finite" in text
+    worst = max(
+        (row for row in pages[1] if row["index"] != 5),
+        key=lambda row: score(row, "word_perplexity") - score(pages[0][row["index"]], "word_perplexity"),
+    )
+    summaries = re.findall("<summary>(.*?)</summary>", html)
+    assert f" · {worst['index']}" in summaries[0]
+    assert any('class="good"' in each and each.endswith("0.1000</span> · 5") for each in summaries)
+    assert not any(each.endswith(" · 3") for each in summaries)  # it has not changed
+    assert "no answer" not in text
+
+
 def test_paired_difference_needs_documents_in_both() -> None:
     rows = {("", i): text_row(i, "", float(i % 2)) for i in range(4)}
     assert paired_difference(rows, {("", 9): text_row(9, "", 1.0)}, "strict-match") is None
@@ -173,6 +255,22 @@ def test_the_page_says_what_the_runs_say(directories: list[Path]) -> None:
     assert "Sandbox: A landlock, B landlock." in page.text
     assert "expected calibration error" in page.text
     assert page.tags.count("details") <= 2 * MAX_CHANGED
+
+
+def test_the_page_says_in_what_the_runs_differ(directories: list[Path]) -> None:
+    """The same model with int8 weights has the same name."""
+    for directory, quantize, limit in zip(directories, (None, "w8a8"), (None, 100), strict=True):
+        settings = {"model": "tiny", "dtype": "bfloat16", "quantize": quantize, "limit": limit, "seconds": 1.0}
+        write_results(directory, {"weight_version": None, "seed": 0, **settings, "tasks": {}})
+    runs = read_runs(directories)
+    table = render(runs).partition("</table>")[0]
+    names = re.findall("<th>(.*?)</th>", table)
+    assert names == ["run", "model", "weights", "seed", "quantize", "limit", "folder"]
+    assert re.findall("<td>([^<]*)</td>", table) == [
+        *("tiny", "not said", "0", "-", "-", "plain"),
+        *("tiny", "not said", "0", "w8a8", "100", "int8"),
+    ]
+    assert "quantize" not in render(runs[1:])
 
 
 def test_one_run_and_a_task_that_only_one_has(directories: list[Path], tmp_path: Path) -> None:

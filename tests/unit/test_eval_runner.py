@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, Scheduler
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
+from rayllm.eval.backend import Usage
 from rayllm.eval.data import Data, Table
 from rayllm.eval.local_backend import LocalBackend
+from rayllm.eval.registry import find_task
+from rayllm.eval.run import run_tasks
+from rayllm.eval.runner import EvalSettings
 from rayllm.eval.samples import SampleStore, claim, write_results
 from rayllm.eval.task import Document, Generate, Generated, Loglikelihood, Request, Response, Score, Task
 from tests.eval_documents import ANATOMY, PAGES
@@ -248,6 +253,18 @@ class TestResume:
         with pytest.raises(DataError, match=r"00000\.parquet: cannot be read .* delete it"):
             run("piqa", backend, data, tmp_path)
 
+    def test_a_deleted_shard_costs_no_other(self, tmp_path):
+        """What the message above advises; then its rows are run again."""
+        for index in range(3):
+            store = SampleStore(tmp_path, "piqa")
+            store.add({"index": index})
+            store.flush()
+        (tmp_path / "samples/piqa/00001.parquet").unlink()
+        store = SampleStore(tmp_path, "piqa")
+        store.add({"index": 1})
+        store.flush()
+        assert [row["index"] for row in store.rows()] == [0, 2, 1]
+
     def test_a_folder_holds_one_run(self, tmp_path):
         claim(tmp_path, {"model": "a", "seed": 0})
         claim(tmp_path, {"model": "a", "seed": 0})
@@ -258,6 +275,69 @@ class TestResume:
         write_results(tmp_path, {"seconds": 1, "tasks": {"a": 1}})
         write_results(tmp_path, {"seconds": 2, "tasks": {"b": 2}})
         assert json.loads((tmp_path / "results.json").read_text()) == {"seconds": 2, "tasks": {"a": 1, "b": 2}}
+
+
+class Counting:
+    """The engine, with a clock that its tokens move and an end after some requests."""
+
+    model, weight_version = "tiny", "w"
+
+    def __init__(self, backend: LocalBackend, clock: list[float], requests: int = 1 << 30) -> None:
+        self._backend, self._clock, self._left, self._tokens = backend, clock, requests, 1000
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=self._tokens, cached_tokens=self._tokens // 10)
+
+    def run(self, requests, seeds, on_response):
+        for index, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+            if self._left == 0:
+                raise KeyboardInterrupt
+            self._left -= 1
+            self._tokens += 10
+            self._clock[0] += 2.0
+            self._backend.run([request], [seed], lambda _, response, index=index: on_response(index, response))
+
+
+class TestWholeRuns:
+    @pytest.fixture
+    def go(self, data, backend, tmp_path, monkeypatch):
+        clock = [50.0]
+        monkeypatch.setattr("rayllm.eval.run.time.perf_counter", lambda: clock[0])
+
+        def go(names: str, output: bool = True, **ends: int) -> dict[str, Any]:
+            return run_tasks(
+                [find_task(name) for name in names.split()],
+                Counting(backend, clock, **ends),
+                {},
+                data,
+                EvalSettings(num_fewshot=0),
+                output=tmp_path if output else None,
+                progress=lambda description, total: nullcontext(lambda steps: None),
+            )
+
+        return go
+
+    def test_results_are_written_after_each_task(self, go, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            go("piqa mmlu_anatomy", requests=18 + 5)  # the second one is not done
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert list(written["tasks"]) == ["piqa"]
+        assert (written["seconds"], written["prompt_tokens"], written["cached_tokens"]) == (36.0, 180, 18)
+
+    def test_seconds_and_tokens_add_up_over_the_parts(self, go, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            go("piqa", requests=8)
+        with pytest.raises(KeyboardInterrupt):
+            go("piqa", requests=4)
+        whole = go("piqa")
+        asked = 8 + 4 + 2 * (9 - whole["tasks"]["piqa"]["num_resumed"])  # an answer may be lost before it is scored
+        assert (whole["seconds"], whole["prompt_tokens"]) == (2.0 * asked, 10 * asked)
+        assert whole["cached_tokens"] == pytest.approx(asked, abs=3)  # each part's are rounded
+        assert json.loads((tmp_path / "results.json").read_text()) == whole
+        alone = go("piqa", output=False)
+        assert (alone["seconds"], alone["prompt_tokens"]) == (36.0, 180)
+        assert go("piqa")["seconds"] == 2.0 * asked
 
 
 class Writing(Task):

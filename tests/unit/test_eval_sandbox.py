@@ -16,7 +16,7 @@ from rayllm.core.errors import ConfigError
 from rayllm.eval.sandbox import check as sandbox_check
 from rayllm.eval.sandbox.check import TIMED_OUT, Check, Sandbox
 from rayllm.eval.sandbox.jail import Isolation, Limits
-from rayllm.eval.sandbox.problem import definitions
+from rayllm.eval.sandbox.problem import of_prompt, of_solution
 from tests.unit.sandboxed_programs import FINE, HOSTILE
 
 LIMITS = Limits(cpu_s=1, wall_s=2.0, memory_bytes=1 << 29)
@@ -142,6 +142,113 @@ def test_own_file_system_holds_nothing_of_the_users(tmp_path: Path) -> None:
     assert run(sandbox, program, "assert f() == (False, False, [])", "f") is None
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_no_file_of_the_users_is_read(sandbox: Sandbox, tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "private"
+    file.write_text("private")
+    file.chmod(mode)
+    tmp_path.chmod(0o755)
+    program = f"""
+        import os
+        def refused(deed):
+            try:
+                deed()
+            except OSError:
+                return True
+        def f():
+            files = [{str(file)!r}, "/etc/passwd", "/proc/self/environ", "/proc/1/cmdline"]
+            folders = [{str(tmp_path)!r}, "/etc"]
+            read = [refused(lambda: open(each)) for each in files]
+            return read + [refused(lambda: os.listdir(each)) for each in folders]
+        def work():
+            open("own", "w").write("x")
+            return open("own").read() + str(len(os.urandom(3))) + str(open("/dev/null").read())
+    """
+    tests = """
+        assert work() == "x3"
+        assert f() == [True] * 6
+    """
+    assert run(sandbox, program, tests, "f", "work") is None
+
+
+THREADS = """
+    import threading, time
+    threading.stack_size(32768)
+    def started(wanted):
+        for n in range(wanted):
+            try:
+                threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
+            except RuntimeError:
+                return n
+        return wanted
+"""
+
+
+def test_threads_are_limited(sandbox: Sandbox) -> None:
+    assert run(sandbox, THREADS, "assert 20 <= started(200) <= 32", "started") is None
+
+
+def test_a_user_cannot_be_changed(sandbox: Sandbox) -> None:
+    program = """
+        import os
+        def become(call, *users):
+            try:
+                getattr(os, call)(*users)
+            except PermissionError:
+                return "refused"
+        def user():
+            return os.getuid()
+    """
+    tests = """
+        assert user() != 0
+        for call, *users in [("setuid", 0), ("setreuid", 0, 0), ("setresuid", 0, 0, 0), ("setresgid", 0, 0, 0)]:
+            assert become(call, *users) == "refused"
+    """
+    assert run(sandbox, program, tests, "become", "user") is None
+
+
+def test_root_becomes_another_user_under_landlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all purposes where that user reaches Python, and may write where it works."""
+    monkeypatch.setattr(sandbox_check, "_python_directories", lambda: ["/usr"])  # Python may lie where only root reads
+    program = """
+        import os
+        def users():
+            return os.getresuid() + os.getresgid()
+        def work():
+            with open("own", "w") as file:
+                file.write("x")
+            return os.listdir()
+    """
+    tests = """
+        assert len(set(users())) == 1
+        assert users()[0] != 0
+        assert work() == ["own"]
+    """
+    sandbox = Sandbox(limits=LIMITS, isolation=Isolation.LANDLOCK)
+    assert run(sandbox, program, tests, "users", "work") is None
+
+
+def test_threads_that_run_already_do_not_count(tmp_path: Path) -> None:
+    """Whoever is not root keeps its user under Landlock, and the kernel counts a user's threads."""
+    script = """
+        import os, pathlib, threading, time
+        from rayllm.eval.sandbox.jail import Isolation, Jail, Limits
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setresgid(1899999999, 1899999999, 1899999999)
+            os.setresuid(1899999999, 1899999999, 1899999999)
+        for _ in range(60):
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        Jail(
+            isolation=Isolation.LANDLOCK, limits=Limits(), directory="/", readable=(), spare_user=0
+        )._limit_threads()
+    """
+    count = "print(started(200), flush=True)\nimport os\nos._exit(0)"
+    source = "\n".join([textwrap.dedent(script), textwrap.dedent(THREADS), count])
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert 20 <= int(result.stdout) <= 32
+
+
 def test_its_environment_and_privileges(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "secret")
     program = """
@@ -214,9 +321,20 @@ def test_a_jail_that_cannot_be_built_runs_nothing(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-def test_definitions() -> None:
-    code = "import math\nfrom typing import List as L\nX, (Y, *Z) = 1, (2, 3)\nclass A: b = 1\ndef f(q):\n    r = q\n"
-    found = definitions(code)
+CODE = "import math\nfrom typing import List as L\nX, (Y, *Z) = 1, (2, 3)\nclass A: b = 1\ndef f(q):\n    r = q\n"
+
+
+def test_what_a_solution_defines_is_for_the_program() -> None:
+    found = of_solution(CODE)
     assert found.names == {"X", "Y", "Z", "A", "f"}
-    assert found.imports == "import math\nfrom typing import List as L"
-    assert definitions("def f(:").names == frozenset()
+    assert found.setup == "import math\nfrom typing import List as L"
+    assert of_solution("def f(:").names == frozenset()
+
+
+def test_what_a_prompt_gives_is_the_tests_own() -> None:
+    found = of_prompt(f'{CODE}def g(q):\n    """What is it?"""\n', "g")
+    assert found.names == {"A", "g"}
+    assert found.setup == (
+        "import math\nfrom typing import List as L\nX, (Y, *Z) = (1, (2, 3))\n\ndef f(q):\n    r = q"
+    )
+    assert of_prompt("def g(:", "g").names == {"g"}

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.eval.data import Data, documents_of
 from rayllm.eval.registry import TASK_NAMES, TASKS, find_task
+from rayllm.eval.runner import TaskResult
 from rayllm.eval.task import Document, Generated, Likelihood, Loglikelihood, Score, ShotOrder, choose_shots, mean_metric
 from rayllm.eval.tasks import kmmlu, mmlu
 from tests.eval_documents import GOLDEN, LAW, Golden
@@ -112,7 +115,27 @@ class TestScores:
     def test_a_reward_for_a_written_answer(self):
         task = find_task("mmlu_anatomy")
         one = document(GOLDEN[0])
-        assert [task.reward(one, text) for text in (" B", "B. The heart", "A", "")] == [1.0, 1.0, 0.0, 0.0]
+        texts = [" B", "B. The heart", "B) ", "B\nQ:", "A", "", "Bones", "B is wrong", "BA", "B's"]
+        assert [task.reward(one, text) for text in texts] == [1.0] * 4 + [0.0] * 6
+
+    def test_a_reward_for_a_choice_in_words(self):
+        piqa = find_task("piqa")
+        (one,) = documents_of([{"goal": "To dry", "sol1": "use paper", "sol2": "use paper towels", "label": 0}])
+        texts = ["use paper", " use paper.", "use paper, then", "use papers", "use paper towels", "use", ""]
+        assert [piqa.reward(one, text) for text in texts] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+        winogrande = find_task("winogrande")
+        row = {"sentence": "Ann met Eve as _ was home.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+        (one,) = documents_of([row])
+        assert [winogrande.reward(one, text) for text in (" was home.", "was out.")] == [1.0, 0.0]
+
+    def test_rewards_end_where_the_answer_does(self):
+        direct, cot = find_task("kmmlu_direct_law"), find_task("kmmlu_cot_hard_law")
+        one = document(GOLDEN[1])
+        assert [direct.reward(one, text) for text in ("C", "C.Q: and?", "C\n\nnext", "C D")] == [1.0, 1.0, 1.0, 0.0]
+        assert cot.reward(one, "정답은 (C) 입니다.\n\n질문: 정답은 (A) 입니다.") == 1.0
+        assert cot.reward(one, "질문: 정답은 (C) 입니다.") == 0.0
+
+    def test_a_text_has_no_reward(self):
         with pytest.raises(ConfigError, match="no reward"):
             find_task("perplexity").reward(Document(index=0, fields={"text": "a"}), "a")
 
@@ -141,6 +164,27 @@ class TestScores:
         assert score.extracted == extracted
         assert score.values["exact_match"] == float(extracted == "C")
 
+    def test_written_answers_are_those_of_lm_evals_pattern(self):
+        pattern = re.compile(r"(?<=정답은)\s*[(]?(A|B|C|D)[)]?.*(?=입니다.)")
+        generator, found = random.Random(0), 0
+        pieces = ["정답은", "정답은", "입니다", "입니다", ".", " ", "\n", "\r", "(", ")", "A", "B", "D", "답은", "x"]
+        for _ in range(100_000):
+            text = "".join(generator.choices(pieces, k=generator.randrange(16)))
+            expected = pattern.findall(text)
+            assert kmmlu.written_answers(text) == expected, text
+            found += bool(expected)
+        assert found > 5000
+
+    @pytest.mark.parametrize(
+        "piece", ["정답은A", "정답은 ", "정답은", "정답은A입니다", "정답은A입니다.\n", " ", "입니다."]
+    )
+    @pytest.mark.parametrize("start", ["", "정답은"])
+    def test_hostile_answers_are_read_in_time(self, start, piece):
+        task = find_task("kmmlu_cot_hard_law")
+        started = time.perf_counter()
+        task.score(document(GOLDEN[1]), [Generated(texts=(start + piece * ((1 << 20) // len(piece)),))])
+        assert time.perf_counter() - started < 5
+
     def test_perplexity_is_a_ratio_of_sums(self):
         task = find_task("perplexity")
         one, two = documents_of([{"text": "a b c"}, {"text": "한 글\n"}])
@@ -152,6 +196,22 @@ class TestScores:
         assert by_word.value == pytest.approx(math.exp(8 / 6))  # "한 글\n" splits into three, the last one empty
         assert by_byte.value == pytest.approx(math.exp(8 / (5 + 8)))
         assert bits.value == pytest.approx(8 / 13 / math.log(2))
+
+    @pytest.mark.parametrize("name", ["perplexity", "perplexity_strided"])
+    def test_a_perplexity_beyond_floats_is_infinite(self, name):
+        """A text without spaces is one word."""
+        task = find_task(name)
+        (one,) = documents_of([{"text": "가" * 300}])
+        scored = [(one, task.score(one, [Likelihood(logprob=-900.0, num_tokens=1, is_greedy=False)]))]
+        metric = task.aggregate(scored)[0]
+        assert metric.value == math.inf
+        result = TaskResult(
+            task=name, version="", num_fewshot=0, num_documents=1, num_resumed=0, metrics=task.aggregate(scored)
+        )
+        written = json.loads(json.dumps(result.as_json(), allow_nan=False))["metrics"]
+        assert written[metric.name] == {"value": None, "stderr": None, "note": "inf: no finite number"}
+        if name == "perplexity":
+            assert written["byte_perplexity"]["value"] == pytest.approx(math.e)
 
 
 class TestAverages:

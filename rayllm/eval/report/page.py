@@ -8,8 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.core.page import render_page, write_page
-from rayllm.eval.report.runs import Row, Run, read_runs, task_names
-from rayllm.eval.report.statistics import Calibration, Difference, calibration, changed, paired_difference
+from rayllm.eval.report.runs import Row, Run, differing_settings, read_runs, task_names
+from rayllm.eval.report.statistics import (
+    NATS_PER,
+    Calibration,
+    Difference,
+    calibration,
+    changed,
+    gained,
+    nats_per,
+    paired_difference,
+    paired_nats,
+    score,
+)
 
 MAX_CHANGED = 40  # samples shown for a task and a pair of runs
 MAX_CHARS = 3000  # of one text
@@ -29,16 +40,17 @@ class Line:
     metric: str
     figures: Sequence[Figure | None]
     differences: Sequence[Difference | None]
+    less_is_better: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     name: str
-    metric: str
     before: float
     after: float
+    is_better: bool
     target: str
-    answers: tuple[str, str]
+    answers: tuple[str, str] | None  # None: a text whose likelihood was asked for
     prompt: str
     texts: tuple[str, str] | None  # None: choices
     choices: Sequence[tuple[str, float, float]]
@@ -75,7 +87,8 @@ def write_report(directories: Sequence[Path], path: Path) -> None:
 def render(runs: Sequence[Run]) -> str:
     sections = [_section(task, runs) for task in task_names(runs)]
     filters = {"figure": _figure, "signed": _signed, "error": _error}
-    return render_page("rayllm.eval.report", filters, runs=runs, sections=sections)
+    settings = differing_settings(runs)
+    return render_page("rayllm.eval.report", filters, runs=runs, settings=settings, sections=sections)
 
 
 def _section(task: str, runs: Sequence[Run]) -> Section:
@@ -90,7 +103,10 @@ def _section(task: str, runs: Sequence[Run]) -> Section:
         task=task,
         version=present[0]["version"],
         notes=_notes(runs, task),
-        lines=[_line(task, metric, runs, results) for metric in metrics],
+        lines=[
+            *(_line(task, metric, runs, results) for metric in metrics),
+            *(_nats_line(task, NATS_PER[metric], runs) for metric in metrics if metric in NATS_PER),
+        ],
         bar_metric=metrics[0],
         bars=bars,
         bar_end=1.0 if max(values, default=0.0) <= 1 else max(values),
@@ -123,18 +139,33 @@ def _line(task: str, metric: str, runs: Sequence[Run], results: Sequence[Mapping
     )
 
 
+def _nats_line(task: str, unit: str, runs: Sequence[Run]) -> Line:
+    """Perplexities are compared by their logarithms."""
+    ratios = [nats_per(run.rows(task).values(), unit) for run in runs]
+    return Line(
+        metric=f"nats per {unit.removesuffix('s')}",
+        figures=[
+            None if ratio is None else Figure(value=ratio.value, stderr=ratio.stderr, num_documents=ratio.num_documents)
+            for ratio in ratios
+        ],
+        differences=[None, *(paired_nats(runs[0].rows(task), run.rows(task), unit) for run in runs[1:])],
+        less_is_better=True,
+    )
+
+
 def _of(part: Mapping[str, Any] | None, metric: str) -> Figure | None:
     if part is None or metric not in part["metrics"]:
         return None
     found = part["metrics"][metric]
-    return Figure(value=found["value"], stderr=found["stderr"], num_documents=part["num_documents"])
+    value = math.nan if found["value"] is None else found["value"]
+    return Figure(value=value, stderr=found["stderr"], num_documents=part["num_documents"])
 
 
 def _changes(task: str, metric: str, first: Run, other: Run) -> Changes:
     pairs = changed(first.rows(task), other.rows(task), metric)
     samples = [_sample(old, new, metric) for old, new in pairs]
-    worse = [sample for sample in samples if sample.after < sample.before]
-    better = [sample for sample in samples if sample.after > sample.before]
+    worse = [sample for sample in samples if not sample.is_better]
+    better = [sample for sample in samples if sample.is_better]
     shown = [*worse[: MAX_CHANGED // 2], *better[: MAX_CHANGED // 2]]
     return Changes(run=other, num_worse=len(worse), num_better=len(better), samples=shown)
 
@@ -145,11 +176,13 @@ def _sample(old: Row, new: Row, metric: str) -> Sample:
     subject = f"{old['subject']} " if old["subject"] else ""
     return Sample(
         name=f"{subject}{old['index']}",
-        metric=metric,
-        before=dict(old["scores"]).get(metric, 0.0),
-        after=dict(new["scores"]).get(metric, 0.0),
+        before=score(old, metric),
+        after=score(new, metric),
+        is_better=gained(old, new, metric) > 0,
         target=_shortened(old["target"]),
-        answers=(_shortened(old["extracted"] or ""), _shortened(new["extracted"] or "")),
+        answers=None
+        if metric in NATS_PER
+        else (_shortened(old["extracted"] or ""), _shortened(new["extracted"] or "")),
         prompt=_shortened(responses[0][0]["prompt"] if responses else "", end=True),
         texts=(_shortened(responses[0][0]["text"]), _shortened(responses[0][1]["text"] or "")) if generated else None,
         choices=[] if generated else [(a["continuation"], a["logprob"], b["logprob"]) for a, b in responses],
@@ -165,6 +198,8 @@ def _shortened(text: str, *, end: bool = False) -> str:
 
 def _figure(value: float) -> str:
     """Shares in percent with two decimals would hide nothing; other figures with four significant digits."""
+    if not math.isfinite(value):
+        return "not finite"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
 
 

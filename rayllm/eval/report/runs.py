@@ -13,6 +13,8 @@ from rayllm.eval.samples import SampleStore
 
 Row = dict[str, Any]
 Key = tuple[str, int]  # subject and index of a document
+_SHOWN_ANYWAY = ("model", "weight_version", "seed")
+_OUTCOME = ("tasks", "seconds", "prompt_tokens", "cached_tokens")
 MAX_RUNS = 6  # as many colours as can be told apart
 
 
@@ -61,6 +63,16 @@ def _read(letter: str, directory: Path) -> Run:
         return Run(letter=letter, directory=directory, info=content, tasks=content["tasks"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is not what `rayllm eval` writes") from error
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """The settings in which the runs differ, besides those that every report shows."""
+    names = dict.fromkeys(name for run in runs for name in run.info)
+    return [
+        name
+        for name in names
+        if name not in (*_SHOWN_ANYWAY, *_OUTCOME) and any(run.info.get(name) != runs[0].info.get(name) for run in runs)
+    ]
 
 
 def task_names(runs: Sequence[Run]) -> list[str]:

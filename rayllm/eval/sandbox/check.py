@@ -102,7 +102,7 @@ class Sandbox:
             if reasons:
                 _log.warning(
                     "tested code gets no namespaces here (%s); it is kept from the network, from processes and from "
-                    "writing files by seccomp and Landlock, but can read this user's files",
+                    "files by seccomp and Landlock, but can see which files there are",
                     "; ".join(reasons),
                 )
             return isolation
@@ -110,11 +110,9 @@ class Sandbox:
 
     def _run(self, check: Check, isolation: Isolation) -> Verdict:
         with contextlib.ExitStack() as stack:
-            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="rayllm-", ignore_cleanup_errors=True))
             common = {
                 "isolation": isolation,
                 "limits": dataclasses.asdict(self._limits),
-                "directory": directory,
                 "readable": _python_directories(),
             }
             tests_end, program_end = socket.socketpair()
@@ -145,32 +143,41 @@ class Sandbox:
     @contextlib.contextmanager
     def _launched(self, order: dict[str, object], keep: list[int]) -> Iterator[subprocess.Popen[bytes]]:
         """Until the context ends; then the process and the one that it confines are gone."""
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-B", "-m", "rayllm.eval.sandbox.launcher"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=self._environment,
-            cwd="/",
-            pass_fds=keep,
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        assert process.stderr is not None
+        with tempfile.TemporaryDirectory(prefix="rayllm-", ignore_cleanup_errors=True) as directory:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-s", "-B", "-m", "rayllm.eval.sandbox.launcher"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=self._environment,
+                cwd="/",
+                pass_fds=keep,
+                start_new_session=True,
+            )
+            with _ended_at_last(process):
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps({**order, "directory": directory, "keep": keep}).encode() + b"\n")
+                    process.stdin.flush()
+                yield process
+
+
+@contextlib.contextmanager
+def _ended_at_last(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A launcher, and by that the process that it confines."""
+    assert process.stdin is not None
+    assert process.stderr is not None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps({**order, "keep": keep}).encode() + b"\n")
-                process.stdin.flush()
-            yield process
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            try:
-                process.wait(_END_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()  # and with it, by its death signal, the process that it confines
-                process.wait()
-            process.stderr.close()
+            process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()  # and with it, by its death signal, the process that it confines
+            process.wait()
+        process.stderr.close()
 
 
 class _Lines:

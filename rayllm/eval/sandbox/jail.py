@@ -1,8 +1,8 @@
 """A process with nothing but its memory, its time, a temporary directory and the files of Python.
 
 Two ways: `Isolation.NAMESPACES` gives it a file system of its own (read-only, without the user's files), a process
-table and a network of its own; `Isolation.LANDLOCK`, where a container permits no namespaces, leaves it the
-user's files to read, and lets it write none. Both drop all privileges, set limits, and filter system calls.
+table and a network of its own; `Isolation.LANDLOCK`, where a container permits no namespaces, lets it see which files
+there are, but read none of the user's and write none. Both drop all privileges, set limits, and filter system calls.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ _NAMESPACES = (
 )
 _NOBODY = 65534
 _MAX_FILE = (1 << 31) - 1
+_READABLE_DEVICES = ("/dev/zero", "/dev/urandom")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _WORK_DIRECTORY = "/tmp"
 
@@ -38,7 +39,7 @@ class Limits:
     wall_s: float = 10.0
     memory_bytes: int = 1 << 30  # of address space
     file_bytes: int = 1 << 24  # of one file, and of all in the temporary directory
-    processes: int = 32  # threads count; processes of its own it has none
+    processes: int = 32  # threads: processes of its own it has none
     open_files: int = 64
 
 
@@ -46,7 +47,7 @@ class Limits:
 class Jail:
     isolation: Isolation
     limits: Limits
-    directory: str  # empty; becomes the root, or the only place to write
+    directory: str  # empty, and nobody else's; becomes the root, or the only place to write
     readable: tuple[str, ...]  # directories that Python needs, absolute
     spare_user: int  # whom root becomes: nobody else, so that a limit on processes counts its own alone
 
@@ -71,10 +72,14 @@ class Jail:
             os.chdir(self.directory)
         self._set_limits()
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-        if self.isolation is Isolation.NAMESPACES:
-            self._become_nobody()
-        else:
-            syscalls.forbid_writing_except(self.directory, "/dev/null")
+        self._become_nobody()
+        self._limit_threads()
+        if self.isolation is Isolation.LANDLOCK:
+            syscalls.forbid_files_except(
+                self.directory,
+                readable=(*_outermost([os.path.realpath(path) for path in self.readable]), *_READABLE_DEVICES),
+                writable=("/dev/null",),
+            )
         syscalls.drop_capabilities()
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # no other process of the user reads its memory
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -105,16 +110,39 @@ class Jail:
         os.chdir(_WORK_DIRECTORY)
 
     def _become_nobody(self) -> None:
-        """Root does; anybody else already is, in a user namespace that counts apart."""
+        """Root does; anybody else already is, or stays who they are."""
         if os.geteuid() != 0:
             return
         os.setgroups([])
         for user in (self.spare_user, _NOBODY):  # some containers know 65536 users only
             with contextlib.suppress(OSError):
                 os.setresgid(user, user, user)
-                os.setresuid(user, user, user)
+                os.setresuid(user, -1, -1)
+                if self.isolation is Isolation.NAMESPACES:
+                    os.setresuid(user, user, user)
+                elif self._may_be_reached():
+                    os.chown(self.directory, user, user)
+                    os.setresuid(user, user, user)
+                # Otherwise Python lies where only root reads. It is read as root's then, without root's privileges;
+                # threads are counted by the real user, and no system call makes that root again.
                 return
         raise OSError("root cannot become another user here")
+
+    def _may_be_reached(self) -> bool:
+        """By the real user: what Python needs, and the directory."""
+        needed = [path for path in self.readable if os.path.isdir(path)]
+        return os.access(os.path.dirname(self.directory), os.X_OK) and all(
+            os.access(path, os.R_OK | os.X_OK) for path in needed
+        )
+
+    def _limit_threads(self) -> None:
+        """The kernel counts those of a user; in a user namespace, those that the user has in it."""
+        running = _threads_of(os.getuid()) if self.isolation is Isolation.LANDLOCK else 0
+        _, most = resource.getrlimit(resource.RLIMIT_NPROC)
+        limit = running + self.limits.processes
+        if most != resource.RLIM_INFINITY:
+            limit = min(limit, most)
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 
     def _set_limits(self) -> None:
         limits = self.limits
@@ -122,7 +150,6 @@ class Jail:
             (resource.RLIMIT_CPU, limits.cpu_s),
             (resource.RLIMIT_AS, limits.memory_bytes),
             (resource.RLIMIT_FSIZE, limits.file_bytes),
-            (resource.RLIMIT_NPROC, limits.processes),
             (resource.RLIMIT_NOFILE, limits.open_files),
             (resource.RLIMIT_CORE, 0),
         ):
@@ -136,6 +163,17 @@ def _outermost(paths: Sequence[str]) -> list[str]:
         if not any(path == above or path.startswith(f"{above}/") for above in chosen):
             chosen.append(path)
     return chosen
+
+
+def _threads_of(user: int) -> int:
+    """Of the real user, in all processes."""
+    threads = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError, KeyError):  # it has ended meanwhile
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            if int(fields["Uid"].split()[0]) == user:
+                threads += int(fields["Threads"])
+    return threads
 
 
 def _silence(keep: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """The tests' side: runs them against a program in another process, and says whether they all passed.
 
-The tests see what the problem defines (its function, its helpers), taken from the program, and nothing else of
-it: a program that redefines `abs` or `len` has redefined its own.
+Of the program the tests see what the problem asks for, and nothing else: helpers are the problem's own, and a program
+that redefines `abs` or `len` has redefined its own.
 """
 
 import builtins
@@ -122,7 +122,7 @@ class _Names(dict[str, Any]):
 
 
 def judge(program: Program, *, setup: str, tests: str, names: Collection[str]) -> str | None:
-    """None if all passed; otherwise what went wrong. `setup` is what the problem itself imports."""
+    """None if all passed; otherwise what went wrong. `setup` is what the problem itself gives."""
     try:
         program.wait_until_run()
     except ProgramError as error:

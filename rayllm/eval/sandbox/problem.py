@@ -1,4 +1,4 @@
-"""What a problem's own code defines: all that its tests may use of a program."""
+"""What a problem's own code defines, and what of it the tests take from a program."""
 
 import ast
 from dataclasses import dataclass
@@ -6,18 +6,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Definitions:
-    """Of the top level: `imports` as source, for the tests' own process, and the `names` of all else."""
+    """`setup`: source for the tests' own process; `names`: what they take from the program."""
 
-    imports: str
+    setup: str
     names: frozenset[str]
 
 
-def definitions(code: str) -> Definitions:
-    """Of a prompt or a reference solution; nothing, where it does not parse."""
-    try:
-        body = ast.parse(code).body
-    except (SyntaxError, ValueError):
-        return Definitions(imports="", names=frozenset())
+def of_prompt(prompt: str, entry_point: str) -> Definitions:
+    """Of a function to be completed. The tests have the prompt's helpers as the prompt has them, whatever the program
+    makes of those, and take its classes, because instances are the program's."""
+    body = _top_level(prompt)
+    classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
+    names = frozenset({entry_point, *classes})
+    given: list[ast.stmt] = [node for node in body if getattr(node, "name", None) not in names]
+    return Definitions(setup=ast.unparse(ast.Module(given, [])), names=names)
+
+
+def of_solution(code: str) -> Definitions:
+    """Of a reference solution: its imports are given, and all else that it defines is for the program to define."""
+    body = _top_level(code)
     imports: list[ast.stmt] = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     names: set[str] = set()
     for node in body:
@@ -27,4 +34,12 @@ def definitions(code: str) -> Definitions:
             names.update(
                 child.id for child in ast.walk(node) if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)
             )
-    return Definitions(imports=ast.unparse(ast.Module(imports, [])), names=frozenset(names))
+    return Definitions(setup=ast.unparse(ast.Module(imports, [])), names=frozenset(names))
+
+
+def _top_level(code: str) -> list[ast.stmt]:
+    """Nothing, where it does not parse."""
+    try:
+        return ast.parse(code).body
+    except (SyntaxError, ValueError):
+        return []

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import struct
+from collections.abc import Sequence
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWUTS = 0x0400_0000
@@ -33,10 +34,10 @@ _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _CAPABILITY_VERSION_3 = 0x2008_0522
 
-# Rights by the version of Landlock that brought them; reading (2, 3) and executing (0) stay free.
-_LANDLOCK_RIGHTS = {1: 0x1FFF & ~0b1101, 2: 1 << 13, 3: 1 << 14}
+# Rights by the version of Landlock that brought them; executing (0) stays free.
+_LANDLOCK_RIGHTS = {1: 0x1FFF & ~1, 2: 1 << 13, 3: 1 << 14}
 _LANDLOCK_RULE_PATH_BENEATH = 1
-_LANDLOCK_WRITE_FILE = 1 << 1
+_LANDLOCK_WRITE_FILE, _LANDLOCK_READ_FILE, _LANDLOCK_READ_DIRECTORY = 1 << 1, 1 << 2, 1 << 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -79,8 +80,9 @@ def drop_capabilities() -> None:
     _checked(_libc.syscall(_CAPSET[platform.machine()], header, bytes(24)), "capset")
 
 
-def forbid_writing_except(directory: str, *files: str) -> None:
-    """By Landlock, for this process for good: no file is written, made or removed but in `directory` or as `files`.
+def forbid_files_except(directory: str, *, readable: Sequence[str], writable: Sequence[str]) -> None:
+    """By Landlock, for this process for good: no file is read but below `readable`, which may be files too, and none
+    written, made or removed but in `directory`, where all is allowed, and the files `writable`.
 
     Needs Linux 5.13, and PR_SET_NO_NEW_PRIVS.
     """
@@ -89,7 +91,12 @@ def forbid_writing_except(directory: str, *files: str) -> None:
     attributes = struct.pack("=Q", rights)
     ruleset = _checked(_libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock")
     try:
-        for path, allowed in ((directory, rights), *((file, _LANDLOCK_WRITE_FILE) for file in files)):
+        for path, allowed in (
+            (directory, rights),
+            *((path, _LANDLOCK_READ_FILE | _LANDLOCK_READ_DIRECTORY) for path in readable if os.path.isdir(path)),
+            *((path, _LANDLOCK_READ_FILE) for path in readable if not os.path.isdir(path)),
+            *((path, _LANDLOCK_READ_FILE | _LANDLOCK_WRITE_FILE) for path in writable),
+        ):
             where = os.open(path, os.O_PATH | os.O_CLOEXEC)
             rule = struct.pack("=Qi", allowed, where)
             result = _libc.syscall(_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0)

@@ -14,7 +14,6 @@ class Generation(Task):
     with `prefix`. That is lm-eval's `--apply_chat_template`.
     """
 
-    until: ClassVar[tuple[str, ...]] = ()
     max_tokens: ClassVar[int] = 256
     num_samples: int = 1
     temperature: float = 0.0
@@ -46,13 +45,3 @@ class Generation(Task):
         (response,) = responses
         assert isinstance(response, Generated)
         return self.score_texts(document, response.texts)
-
-    def worth(self, document: Document, text: str) -> float:
-        """The first metric; what follows the answer's end does not count."""
-        return self.score_texts(document, [self.cut(text)]).values[self.metrics[0]]
-
-    def cut(self, text: str) -> str:
-        """`text` up to the first of `until`."""
-        for end in self.until:
-            text = text.partition(end)[0]
-        return text

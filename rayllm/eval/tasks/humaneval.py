@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from rayllm.eval.data import Data, Packaged, Table
 from rayllm.eval.sandbox.check import Check
-from rayllm.eval.sandbox.problem import definitions
+from rayllm.eval.sandbox.problem import of_prompt
 from rayllm.eval.task import Document
 from rayllm.eval.tasks.program import ProgramTask
 
@@ -38,12 +38,12 @@ class HumanEval(ProgramTask):
 
     def check(self, document: Document, text: str) -> Check:
         prompt, entry_point = document.fields["prompt"], document.fields["entry_point"]
-        defined = definitions(prompt)
+        defined = of_prompt(prompt, entry_point)
         return Check(
             program=prompt + self.completion(text),
             tests=self.target(document),
-            names=defined.names | {entry_point},
-            setup=defined.imports,
+            names=defined.names,
+            setup=defined.setup,
         )
 
     def completion(self, text: str) -> str:

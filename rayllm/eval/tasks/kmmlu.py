@@ -80,7 +80,7 @@ GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in 
 COLUMNS = ("question", "answer", *LETTERS)
 _LM_EVAL = "lm-eval==0.4.13"
 _INVALID = "[invalid]"
-_ANSWER = re.compile(r"(?<=정답은)\s*[(]?(A|B|C|D)[)]?.*(?=입니다.)")
+_ANSWER_BEGINS, _ANSWER_ENDS = re.compile(r"(?<=정답은)\s*[(]?([ABCD])"), "입니다"
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -141,12 +141,13 @@ class KmmluDirect(_KmmluTask):
     """The model writes the letter."""
 
     metrics = ("exact_match",)
+    until: ClassVar[tuple[str, ...]] = ("Q:", "\n\n", "</s>", ".")
 
     def target(self, document: Document) -> str:
-        return LETTERS[int(document.fields["answer"]) - 1]
+        return _letter(document.fields["answer"])
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
-        return [Generate(prompt=prompt, until=("Q:", "\n\n", "</s>", "."))]
+        return [Generate(prompt=prompt, until=self.until)]
 
     def score(self, document: Document, responses: Sequence[Response]) -> Score:
         answer = _bare(_text(responses).replace(" ", ""))
@@ -161,6 +162,7 @@ class KmmluCotHard(_KmmluTask):
     hub_name = "HAERAE-HUB/KMMLU-HARD"
     num_fewshot: ClassVar[int] = 5
     shot_order: ClassVar[ShotOrder] = ShotOrder.FIRST
+    until: ClassVar[tuple[str, ...]] = ("질문:",)
 
     def __init__(self, name: str, subjects: Sequence[str] = tuple(GROUP_OF)) -> None:
         super().__init__(name, subjects)
@@ -178,19 +180,24 @@ class KmmluCotHard(_KmmluTask):
 
     def target(self, document: Document) -> str:
         fields = document.fields
-        return LETTERS[int(fields["answer"]) - 1] if "answer" in fields else str(fields["target"])
+        return _letter(fields["answer"]) if "answer" in fields else str(fields["target"])
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
-        return [Generate(prompt=prompt, until=("질문:",), max_tokens=2048)]
+        return [Generate(prompt=prompt, until=self.until, max_tokens=2048)]
 
     def score(self, document: Document, responses: Sequence[Response]) -> Score:
-        found = _ANSWER.findall(_text(responses))
+        found = written_answers(_text(responses))
         answer = found[0].strip() if found else _INVALID
         return Score(values={"exact_match": float(_bare(answer) == _bare(self.target(document)))}, extracted=answer)
 
     def _read(self, data: Data, subject: str, split: str) -> list[Document]:
         table = Table(name=self.hub_name, config=_file_name(subject), split=split, columns=COLUMNS)
         return data.documents(table, subject)
+
+
+def _letter(answer: int | str) -> str:
+    """KMMLU counts from 1."""
+    return dict(enumerate(LETTERS, 1))[int(answer)]
 
 
 def _macro(name: str, by_subject: Sequence[Metric]) -> Metric:
@@ -216,9 +223,28 @@ def _cot_config(data: Data, subject: str) -> dict[str, Any]:
 
 def _as_row(shot: Mapping[str, Any]) -> dict[str, Any]:
     """A worked solution as a question of KMMLU, whose answers count from 1."""
-    (letter,) = _ANSWER.findall(shot["target"])
+    (letter,) = written_answers(shot["target"])
     question = shot["question"].removeprefix("질문:").strip()
     return {"question": question, "answer": LETTERS.index(letter) + 1, **{each: shot[each] for each in LETTERS}}
+
+
+def written_answers(text: str) -> list[str]:
+    r"""What lm-eval's `(?<=정답은)\s*[(]?(A|B|C|D)[)]?.*(?=입니다.)` finds, in time linear in the text's length.
+
+    An answer goes up to the last end on its line, and an end has one more character after it.
+    """
+    answers: list[str] = []
+    position, line_end, last_end = 0, -1, -1
+    while found := _ANSWER_BEGINS.search(text, position):
+        position = found.end()
+        if position > line_end:  # the first one on its line
+            line_end = text.find("\n", position)
+            line_end = len(text) if line_end < 0 else line_end
+            last_end = text.rfind(_ANSWER_ENDS, position, line_end - 1)
+        if last_end >= position:
+            answers.append(found[1])
+            position = last_end
+    return answers
 
 
 def _file_name(subject: str) -> str:

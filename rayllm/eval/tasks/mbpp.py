@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from rayllm.eval.data import Data, Packaged, Table, documents_of
 from rayllm.eval.sandbox.check import Check
-from rayllm.eval.sandbox.problem import definitions
+from rayllm.eval.sandbox.problem import of_solution
 from rayllm.eval.task import Document, ShotOrder
 from rayllm.eval.tasks.mbpp_shots import SHOTS
 from rayllm.eval.tasks.program import ProgramTask
@@ -46,5 +46,5 @@ class Mbpp(ProgramTask):
         return f"{self.question(document)}{document.fields['code']}\n{_DONE}\n\n"
 
     def check(self, document: Document, text: str) -> Check:
-        defined = definitions(document.fields["code"])
-        return Check(program=text, tests=self.target(document), names=defined.names, setup=defined.imports)
+        defined = of_solution(document.fields["code"])
+        return Check(program=text, tests=self.target(document), names=defined.names, setup=defined.setup)

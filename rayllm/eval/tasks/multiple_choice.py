@@ -15,6 +15,7 @@ from rayllm.eval.task import (
 )
 
 LETTERS = ("A", "B", "C", "D")
+LETTER_ENDS = (".", ",", ":", ";", ")", "\n")
 
 
 class MultipleChoice(Task):
@@ -31,7 +32,10 @@ class MultipleChoice(Task):
         """The index of the right choice."""
 
     def target(self, document: Document) -> str:
-        return self.choices(document)[self.gold(document)]
+        gold, choices = self.gold(document), self.choices(document)
+        if not 0 <= gold < len(choices):  # not counted from the end
+            raise IndexError(f"choice {gold} of {len(choices)}, counted from 0")
+        return choices[gold]
 
     def requests(self, document: Document, prompt: str) -> Sequence[Request]:
         return [
@@ -47,8 +51,15 @@ class MultipleChoice(Task):
         return Score(values={name: values[name] for name in self.metrics}, extracted=choices[best])
 
     def worth(self, document: Document, text: str) -> float:
-        """1 where the text begins with the right choice, after white space."""
-        return float(text.strip().startswith(self.target(document)))
+        """1 where the text begins with the right choice, after white space, and with no longer one."""
+        target = self.target(document)
+        written = [each for each in (target, *self.choices(document)) if self.begins(text.strip(), each)]
+        return float(max(written, key=len, default=None) == target)
+
+    def begins(self, text: str, choice: str) -> bool:
+        """With the choice, and not with a word that the choice begins."""
+        goes_on = text[len(choice) : len(choice) + 1].isalnum() and choice[-1:].isalnum()
+        return text.startswith(choice) and not goes_on
 
 
 class LetteredChoice(MultipleChoice):
@@ -58,6 +69,10 @@ class LetteredChoice(MultipleChoice):
 
     def choices(self, document: Document) -> Sequence[str]:
         return LETTERS
+
+    def begins(self, text: str, choice: str) -> bool:
+        """Alone, or closed as a letter is: `A`, `A.`, `A) The heart`, but neither `At first` nor `A heart`."""
+        return text == choice or text.startswith(tuple(choice + end for end in LETTER_ENDS))
 
 
 def _logprob(response: Response) -> float:

@@ -70,7 +70,7 @@ class Perplexity(Task):
     def aggregate(self, scored: Sequence[Scored]) -> list[Metric]:
         by_word = _nats_per(scored, "words")
         by_byte = _nats_per(scored, "bytes")
-        values = (math.exp(by_word), math.exp(by_byte), by_byte / math.log(2))
+        values = (_exp(by_word), _exp(by_byte), by_byte / math.log(2))
         return [
             Metric(name=name, value=value, stderr=None, num_documents=len(scored))
             for name, value in zip(self.metrics, values, strict=True)
@@ -112,13 +112,21 @@ class StridedPerplexity(Perplexity):
         return [RollingLoglikelihood(text=rolling.text, window=self.window, stride=self.stride)]
 
     def aggregate(self, scored: Sequence[Scored]) -> list[Metric]:
-        value = math.exp(_nats_per(scored, "tokens"))
+        value = _exp(_nats_per(scored, "tokens"))
         return [Metric(name=self.metrics[0], value=value, stderr=None, num_documents=len(scored))]
 
 
 def _nats_per(scored: Sequence[Scored], unit: str) -> float:
     units = math.fsum(score.values[unit] for _, score in scored)
     return -math.fsum(score.values["loglikelihood"] for _, score in scored) / max(units, 1.0)
+
+
+def _exp(nats: float) -> float:
+    """Infinity beyond what a float holds: a text without spaces is one word, of many nats."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 _REPLACED = (

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from rayllm.eval.pass_at_k import pass_at_k
 from rayllm.eval.sandbox.check import Check, shared_sandbox
-from rayllm.eval.task import Document, Score
+from rayllm.eval.task import Document, Score, cut
 from rayllm.eval.tasks.generation import Generation
 
 
@@ -39,4 +39,4 @@ class ProgramTask(Generation):
 
     def worth(self, document: Document, text: str) -> float:
         """1 if the program passes."""
-        return float(shared_sandbox().run(self.check(document, self.cut(text))).passed)
+        return float(shared_sandbox().run(self.check(document, cut(text, self.until))).passed)

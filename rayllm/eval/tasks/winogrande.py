@@ -24,7 +24,7 @@ class WinoGrande(MultipleChoice):
 
     def question(self, document: Document) -> str:
         """As a shot has it: up to the blank, filled in rightly. What is scored has either name in it."""
-        return self.choices(document)[self.gold(document)]
+        return super().target(document)
 
     def prompt(self, document: Document, shots: Sequence[Document]) -> str:
         return "".join(map(self.example, shots))
