@@ -70,9 +70,9 @@ class _Spy(Data):
         super().__init__(None)
         self.tables: list[Table] = []
 
-    def rows(self, table: Table) -> list[Row]:
+    def _read(self, table: Table) -> tuple[list[Row], list[str]]:
         self.tables.append(table)
-        return []
+        return [], []
 
 
 def tables_of(task: str) -> list[Table]:
