@@ -28,13 +28,9 @@ class RowParallel(nn.Module):
         self._group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self._product(x)
+        output: Tensor = self.linear(x)
         dist.all_reduce(output, group=self._group)
         return output if self.bias is None else output + self.bias
-
-    def _product(self, x: Tensor) -> Tensor:
-        output: Tensor = self.linear(x)
-        return output
 
 
 class W8A8RowParallel(RowParallel):

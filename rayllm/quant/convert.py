@@ -1,7 +1,7 @@
 """A checkpoint -> the same model with int8 linear layers, as a Hugging Face directory in the compressed-tensors layout.
 
-Reads one parameter at a time, twice: once to look, once to convert. What it needs besides (statistics of activations)
-comes from `calibrate`, which needs the model itself. Letters: N outputs, K inputs.
+Reads one parameter at a time, to look and to convert, and together those that share an input. What it needs besides
+(statistics of activations) comes from `calibrate`, which needs the model itself. Letters: N outputs, K inputs.
 """
 
 import difflib

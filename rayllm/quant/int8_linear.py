@@ -49,8 +49,7 @@ class Int8Linear(Linear):
         self.outlier_columns = _constant(columns_J)
         self.outlier_weight = _constant(weight_NJ.t().contiguous().t())
 
-    def forward(self, x: Tensor, row_bound_T1: Tensor | None = None) -> Tensor:
-        """`row_bound_T1`: for W8A8, where x [T, K] is a part of longer rows, the bounds of the whole ones."""
+    def forward(self, x: Tensor) -> Tensor:
         if self.scheme == "w8a16":
             return w8a16_linear(x, self.weight, self.weight_scale, self.bias)
         return w8a8_linear(
@@ -60,7 +59,6 @@ class Int8Linear(Linear):
             self.bias,
             outlier_columns_J=self.outlier_columns,
             outlier_weight_NJ=self.outlier_weight,
-            row_bound_T1=row_bound_T1,
         )
 
     def sums(self, x_TK: Tensor, row_bound_T1: Tensor) -> Tensor:

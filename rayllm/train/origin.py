@@ -8,8 +8,11 @@ from rayllm.core.errors import DataError
 
 
 def write_origin(run: Path, name: str, values: Mapping[str, object]) -> None:
+    """Complete or as it was."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    unfinished = run / f"{name}.tmp"
+    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(run / name)
 
 
 def refuse_other_origin(run: Path, name: str, values: Mapping[str, object]) -> None:

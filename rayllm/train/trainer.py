@@ -120,9 +120,10 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     writer = None
     if dist.get_rank() == 0:
         write_run_info(config, recipe.name)
-        (run / _LORA).unlink(missing_ok=True)
-        if lora.rank:
-            write_origin(run, _LORA, _lora_origin(config, directory))
+        if saved is None:  # of a run that goes on it was compared before
+            (run / _LORA).unlink(missing_ok=True)
+            if lora.rank:
+                write_origin(run, _LORA, _lora_origin(config, directory))
         writer = ProgressWriter(run, done)
     peak = world_peak(device, DTYPES[config.model.compute_dtype])
     evaluation = Evaluation(config, directory, trainee, mesh)

@@ -22,6 +22,7 @@ from rayllm.parallel.mesh import Mesh
 from rayllm.quant.calibrate import calibrate
 from rayllm.quant.convert import Outliers, Recipe, convert
 from rayllm.quant.int8_linear import Int8Linear, linear_names
+from rayllm.quant.outliers import even_out
 from rayllm.quant.ranges import absmax_scale, clip_scale, round_to_int8
 from rayllm.quant.writer import ShardWriter, pack
 from tests import sharded_forward
@@ -340,6 +341,30 @@ def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
     ):
         with pytest.raises(CheckpointError, match=f"tensor {WEIGHT} holds NaN or infinity"):
             action()
+
+
+@pytest.mark.parametrize(("times", "energy", "factor"), [(300.0, 1.0, 1 / 16), (0.01, 1e6, 128.0), (3.5, 100.0, 1.0)])
+def test_columns_are_evened_out_if_int8_gains(times: float, energy: float, factor: float, tmp_path: Path) -> None:
+    """Against the outputs of inputs with these mean squares, as who knows of no outliers computes them."""
+    save_tiny(tmp_path, "llama-mqa-tied")
+    generator = torch.Generator().manual_seed(0)
+    spec, weight_NK = Checkpoint.open(tmp_path).spec, torch.randn(64, 48, generator=generator)
+    weight_NK[:, 5] *= times
+    energy_K = torch.ones(48).index_fill(0, torch.tensor([5]), energy)
+    x_RK = torch.randn(512, 48, generator=generator) * energy_K.sqrt()
+
+    def error(factors_K: Tensor) -> float:
+        scale_N1 = absmax_scale(weight_NK * factors_K)
+        stored_NK = round_to_int8(weight_NK * factors_K, scale_N1) * scale_N1
+        return float(((x_RK / factors_K) @ stored_NK.T - x_RK @ weight_NK.T).square().sum())
+
+    names = [f"layers.0.self_attn.{part}_proj" for part in "qkv"]
+    columns, energies = dict.fromkeys(names, torch.tensor([5])), dict.fromkeys(names, energy_K)
+    found_K = even_out(spec, columns, lambda name: weight_NK, energies, head=False).rows["layers.0.input_layernorm"]
+    assert float(found_K[5]) == factor
+    assert (found_K == 1).sum() == 48 - (factor != 1)
+    for other in (1 / 256, 1 / 16, 1 / 4, 1.0, 8.0, 128.0):
+        assert error(found_K) <= 1.05 * error(torch.ones(48).index_fill(0, torch.tensor([5]), other)), other
 
 
 # Several ranks.
