@@ -176,6 +176,11 @@ class AsyncEngine:
         await asyncio.wrap_future(done)
         return weights.version
 
+    @property
+    def is_recovering(self) -> bool:
+        """Requests wait until lost shards are replaced."""
+        return self._recovering
+
     def holds_weights(self, version: str) -> bool:
         return any(each.version == version for each in self._engine.weights.all)
 

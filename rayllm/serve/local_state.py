@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from rayllm.core.errors import EngineUnavailableError
 from rayllm.serve.replica_state import MAX_KEYS, ExpectedKeys, Keys, Snapshot, prefix_keys
 from rayllm.serve.routing import Candidate
 
@@ -14,6 +15,10 @@ class CacheEngine(Protocol):
 
     def cached_blocks(self, digests: Sequence[bytes]) -> int: ...
     def recent_digests(self, limit: int) -> list[bytes]: ...
+    def check_health(self) -> None: ...
+
+    @property
+    def is_recovering(self) -> bool: ...
 
     @property
     def weight_version(self) -> str: ...
@@ -53,7 +58,21 @@ class LocalState:
 
     @property
     def is_draining(self) -> bool:
+        """Nothing is to be sent here any more."""
         return self._ends or self._is_draining()
+
+    @property
+    def is_healthy(self) -> bool:
+        try:
+            self._engine.check_health()
+        except EngineUnavailableError:
+            return False
+        return True
+
+    @property
+    def is_full(self) -> bool:
+        """A new sequence would have to wait for others to end, or for the shards."""
+        return self._sequences >= self._max_num_seqs or self._engine.is_recovering
 
     @contextmanager
     def working(self, *, tokens: int, sequences: int) -> Iterator[Work]:
@@ -76,7 +95,7 @@ class LocalState:
             cached_tokens=blocks * self.block_size,
             queued_tokens=self.queued_tokens,
             running=self._sequences,
-            is_full=self._sequences >= self._max_num_seqs,
+            is_full=self.is_full,
         )
 
     def end(self) -> None:
@@ -96,15 +115,16 @@ class LocalState:
 
     def snapshot(self) -> Snapshot:
         """The same for all who ask between two changes; the cache's keys take a while to gather."""
-        version, draining = self._engine.weight_version, self.is_draining
+        version, full = self._engine.weight_version, self.is_full
+        draining = self.is_draining or not self.is_healthy
         last = self._snapshot
-        if last is None or (last.weight_version, last.is_draining) != (version, draining):
+        if last is None or (last.weight_version, last.is_full, last.is_draining) != (version, full, draining):
             keys: Keys = frozenset(prefix_keys(self._engine.recent_digests(MAX_KEYS)))
             self._snapshot = last = Snapshot(
                 weight_version=version,
                 queued_tokens=self.queued_tokens,
                 running=self._sequences,
-                is_full=self._sequences >= self._max_num_seqs,
+                is_full=full,
                 is_draining=draining,
                 keys=keys,
             )

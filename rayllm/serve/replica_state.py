@@ -67,7 +67,6 @@ class ReplicaView:
 
     state: ReplicaState
     keys: set[bytes] = field(default_factory=set)
-    heard: float = field(default_factory=time.monotonic)
     sent_tokens: int = 0
     sent_sequences: int = 0
     expected: "ExpectedKeys" = field(default_factory=lambda: ExpectedKeys())
@@ -85,7 +84,6 @@ class ReplicaView:
         if len(self.keys) > MAX_KEYS:
             raise ValueError(f"a replica tells of {len(self.keys)} blocks, at most {MAX_KEYS} are allowed")
         self.state = state
-        self.heard = time.monotonic()
         self.sent_tokens = self.sent_sequences = 0
 
     def sent(self, keys: Sequence[bytes], *, tokens: int, sequences: int) -> None:
@@ -93,10 +91,6 @@ class ReplicaView:
         self.sent_tokens += tokens
         self.sent_sequences += sequences
         self.expected.add(keys)
-
-    @property
-    def age_s(self) -> float:
-        return time.monotonic() - self.heard
 
     def cached_blocks(self, keys: Sequence[bytes]) -> int:
         """Of a prompt with these keys. The last block that is known tells: those before it go from a cache after it."""

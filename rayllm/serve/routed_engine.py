@@ -147,7 +147,7 @@ class RoutedEngine:
         digests = self._engine.prompt_digests(request, max_blocks=MAX_PROMPT_BLOCKS)
         keys = prefix_keys(digests)
         candidates = [self._candidate(peer, keys) for peer in peers.values()]
-        if self._engine.holds_weights(version):
+        if self._engine.holds_weights(version) and self._state.is_healthy:
             candidates.append(self._state.candidate(self._name, digests))
         decision = decide(
             candidates,

@@ -109,9 +109,8 @@ def test_what_was_sent_counts_until_the_replica_speaks_for_itself(monkeypatch):
     view.sent(prompt, tokens=300, sequences=2)
     assert (view.sent_tokens, view.sent_sequences, view.cached_blocks(prompt)) == (300, 2, 4)
     now += 1
-    assert view.age_s == 1
     view = told(view, SNAPSHOT, replace(SNAPSHOT, queued_tokens=310))
-    assert (view.sent_tokens, view.sent_sequences, view.age_s) == (0, 0, 0)
+    assert (view.sent_tokens, view.sent_sequences) == (0, 0)
     assert view.cached_blocks(prompt) == 4, "its cache will hold it once the prompt is computed"
     now += 60
     assert view.cached_blocks(prompt) == 0
@@ -183,6 +182,12 @@ def test_digests_are_the_same_in_every_process():
 class Cache:
     weight_version = "v1"
     digests: tuple[bytes, ...] = ()
+    is_recovering = False
+    failure: EngineUnavailableError | None = None
+
+    def check_health(self):
+        if self.failure is not None:
+            raise self.failure
 
     def cached_blocks(self, digests):
         return sum(digest in self.digests for digest in digests)
@@ -212,6 +217,17 @@ async def test_local_work_is_told_until_its_prompt_is_computed():
     assert state.snapshot().running == 0
     cache.weight_version = "v2"
     assert state.snapshot().weight_version == "v2", "nobody is told when weights change"
+    cache.is_recovering = True
+    state.notify()
+    assert state.snapshot().is_full
+    assert state.candidate("a", []).is_full
+    assert state.is_healthy
+    assert not state.snapshot().is_draining
+    cache.is_recovering = False
+    cache.failure = EngineUnavailableError("its shards are gone")
+    assert not state.is_healthy
+    assert state.snapshot().is_draining, "nothing is to be sent there"
+    cache.failure = None
     draining = True
     assert state.snapshot().is_draining
     draining = False
