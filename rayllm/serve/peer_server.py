@@ -107,7 +107,7 @@ class PeerServer:
             return Done()
         except RayLLMError as error:
             return Failed.of(error)
-        except (PeerClosedError, FrameError):
+        except PeerClosedError:
             raise
         except Exception:
             logger.exception("a request of replica %s failed on an internal error", stream.name)
