@@ -1,25 +1,30 @@
-"""What routing by prefix is worth: three endpoints of two replicas each, side by side, under the same load in turns.
+"""What routing by prefix is worth: three pairs of replicas, side by side, under the same load in turns.
 
     python -m tests.routing_benchmark                     # caches that hold every document
     python -m tests.routing_benchmark --num-blocks 300    # that hold two thirds of them
 
-Clients ask several questions on each of a few documents, by HTTP and gRPC in turns. Rounds take turns between the
-policies: the proxy's random choice, the less loaded of two, the prefix. Then what a hop costs (a request that is sent
-to one replica and answered by the other, against one that stays) and what the endpoints take while nobody asks.
-Prints one JSON object; everything runs on this machine, whose load it tells.
+Each replica is a process with both faces and no Ray (`routed_replica`), and what the proxy does, a choice at random, is
+done here. Clients ask several questions on each of a few documents, by HTTP and gRPC in turns. Rounds take turns
+between the policies: the choice at random alone, the less loaded of two, the prefix. Then what a hop costs (a request
+that is answered by the other replica than the one it came to, against one that stays) and what replicas take while
+nobody asks. Prints one JSON object; everything runs on this machine, whose load it tells.
 """
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
 import os
 import random
+import subprocess
+import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -28,18 +33,52 @@ from prometheus_client.parser import text_string_to_metric_families
 from rayllm.client import AsyncClient
 from rayllm.core.types import SamplingParams
 from rayllm.serve.routing import Candidate, decide
-from tests.e2e.replicas import Replicas, running
-from tests.ray.processes import descendants
+from tests.e2e.conftest import MODEL
 
-POLICIES = {
-    "random": ("none", {"RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "random"}),
-    "power-of-two": ("power-of-two", {}),
-    "prefix": ("prefix", {}),
-}
+POLICIES = {"random": "none", "power-of-two": "power-of-two", "prefix": "prefix"}
+NAMES = ("a", "b")
 DOCUMENT_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 512, 24, 8
-ACQUAINTED_S = 6.0
-IDLE_S = 30.0
-FIRST_PORT = 30000  # where Serve's replicas listen for HTTP
+ACQUAINTED_S = 5.0
+IDLE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Replica:
+    process: subprocess.Popen[str]
+    url: str
+    grpc: str
+
+
+Pair = dict[str, Replica]
+
+
+@contextmanager
+def running(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Pair]]:
+    """A pair for each policy; all start at once."""
+    processes = {(label, name): _start(label, name, arguments, folder) for label in POLICIES for name in NAMES}
+    try:
+        pairs: dict[str, Pair] = {label: {} for label in POLICIES}
+        for (label, name), process in processes.items():
+            assert process.stdout is not None
+            pairs[label][name] = Replica(process, **json.loads(process.stdout.readline()))
+        yield pairs
+    finally:
+        for process in processes.values():
+            process.communicate(timeout=60)
+
+
+def _start(label: str, name: str, arguments: argparse.Namespace, folder: Path) -> subprocess.Popen[str]:
+    (folder / label).mkdir(exist_ok=True)
+    settings = {
+        "name": name,
+        "model": arguments.model,
+        "folder": str(folder / label),
+        "key": "00" * 32,
+        "policy": POLICIES[label],
+        "num_blocks": arguments.num_blocks,
+    }
+    command = [sys.executable, "-m", "tests.routed_replica", json.dumps(settings)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def load(seed: int, documents: int, questions: int) -> list[list[int]]:
@@ -50,12 +89,10 @@ def load(seed: int, documents: int, questions: int) -> list[list[int]]:
     return prompts
 
 
-async def ask_http(
-    endpoint: Replicas, prompt: list[int], *, url: str | None = None, session: str | None = None
-) -> float:
+async def ask_http(client: httpx.AsyncClient, url: str, prompt: list[int], session: str | None = None) -> float:
     """Seconds to the first token."""
     body = {
-        "model": "tiny",
+        "model": MODEL,
         "prompt": prompt,
         "max_tokens": ANSWER_TOKENS,
         "temperature": 0,
@@ -63,109 +100,133 @@ async def ask_http(
         "stream": True,
         "prompt_cache_key": session,
     }
-    first = 0.0
-    async with httpx.AsyncClient(timeout=120) as client:
-        started = time.perf_counter()
-        async with client.stream("POST", f"{url or endpoint.url}/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    assert "error" not in json.loads(line[6:]), line
-                    first = first or time.perf_counter() - started
+    first, started = 0.0, time.perf_counter()
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                assert "error" not in json.loads(line[6:]), line
+                first = first or time.perf_counter() - started
     return first
 
 
 async def ask_grpc(client: AsyncClient, prompt: list[int]) -> float:
     params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, ignore_eos=True)
     first, started = 0.0, time.perf_counter()
-    async for _ in client.stream(prompt, params, model="tiny"):
+    async for _ in client.stream(prompt, params, model=MODEL):
         first = first or time.perf_counter() - started
     return first
 
 
-async def one_round(endpoint: Replicas, prompts: list[list[int]], concurrency: int) -> tuple[list[float], float]:
+async def one_round(pair: Pair, prompts: list[list[int]], concurrency: int, seed: int) -> tuple[list[float], float]:
     """Seconds to the first token of each, and how long all took."""
-    waiting, seconds = iter(enumerate(prompts)), []
+    rng, seconds = random.Random(seed), []
+    waiting = iter([(i, rng.choice(NAMES), prompt) for i, prompt in enumerate(prompts)])
     started = time.perf_counter()
-    async with AsyncClient(endpoint.grpc_address) as grpc:
+    async with (
+        httpx.AsyncClient(timeout=300) as http,
+        AsyncClient(pair["a"].grpc) as a,
+        AsyncClient(pair["b"].grpc) as b,
+    ):
+        grpc = {"a": a, "b": b}
 
         async def client() -> None:
-            for i, prompt in waiting:
-                seconds.append(await (ask_grpc(grpc, prompt) if i % 2 else ask_http(endpoint, prompt)))
+            for i, name, prompt in waiting:
+                asked = ask_grpc(grpc[name], prompt) if i % 2 else ask_http(http, pair[name].url, prompt)
+                seconds.append(await asked)
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
     return seconds, time.perf_counter() - started
 
 
-def hit_rate(endpoint: Replicas) -> tuple[float, float]:
-    """Prompt tokens found and looked for in the prefix caches, of all replicas."""
-    found: dict[str, tuple[float, float]] = {}
-    while len(found) < 2:
-        families = {
-            each.name: each for each in text_string_to_metric_families(httpx.get(f"{endpoint.url}/metrics").text)
-        }
-        hits, queries = (families[f"rayllm_prefix_{name}_tokens"].samples[0] for name in ("hit", "query"))
-        found[hits.labels["replica"]] = hits.value, queries.value
-    return sum(hits for hits, _ in found.values()), sum(queries for _, queries in found.values())
+def counters(pair: Pair) -> dict[str, float]:
+    """Of both replicas, summed over their labels."""
+    totals: dict[str, float] = {}
+    for replica in pair.values():
+        text = httpx.get(f"{replica.url}/metrics", timeout=60).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+                    if sample.labels.get("target") == "peer":
+                        totals["sent_on"] = totals.get("sent_on", 0.0) + sample.value
+    return totals
 
 
-def replicas_by_port(endpoint: Replicas) -> dict[str, str]:
-    """Where each replica listens itself, past the proxy."""
-    ours = {replica_of(f"{endpoint.url}/metrics") for _ in range(40)}
-    found = {}
-    for port in range(FIRST_PORT, FIRST_PORT + 16):
-        with contextlib.suppress(httpx.HTTPError, KeyError):
-            url = f"http://127.0.0.1:{port}"
-            if (name := replica_of(f"{url}/metrics")) in ours:
-                found[name] = url
-    assert len(found) == 2, f"{found} of {ours}"
-    return found
-
-
-def replica_of(url: str) -> str:
-    families = text_string_to_metric_families(httpx.get(url, timeout=5).text)
-    return next(each for each in families if each.name == "rayllm_running").samples[0].labels["replica"]
-
-
-async def hop(endpoint: Replicas, requests: int) -> dict[str, float]:
+async def hop(pair: Pair, requests: int) -> dict[str, float]:
     """Milliseconds to the first token of short prompts, one at a time: those that stay where they came in, and those
     that are sent on."""
-    urls = replicas_by_port(endpoint)
-    candidates = [Candidate(name=name) for name in urls]
+    candidates = [Candidate(name=name) for name in NAMES]
     seconds: dict[bool, list[float]] = {True: [], False: []}
     rng = random.Random(5)
-    for i in range(requests):
-        session = str(i)
-        owner = decide(candidates, local="", policy="prefix", prompt_tokens=16, session=session, rng=rng).replica
-        for name in rng.sample(list(urls), 2):
-            prompt = [rng.randrange(100, 40000) for _ in range(16)]
-            took = await ask_http(endpoint, prompt, url=urls[name], session=session)
-            if i >= requests // 10:  # the first open connections and warm up
-                seconds[name == owner].append(took)
+    async with httpx.AsyncClient(timeout=300) as http:
+        for i in range(requests):
+            session = str(i)
+            owner = decide(candidates, local="", policy="prefix", prompt_tokens=16, session=session, rng=rng).replica
+            for name in rng.sample(NAMES, 2):
+                prompt = [rng.randrange(100, 40000) for _ in range(16)]
+                took = await ask_http(http, pair[name].url, prompt, session)
+                if i >= 5:  # the first open connections
+                    seconds[name == owner].append(took)
     local, forwarded = (1e3 * median(seconds[is_local]) for is_local in (True, False))
-    return {"local_ttft_ms": local, "forwarded_ttft_ms": forwarded, "hop_ms": forwarded - local}
+    fastest = 1e3 * (min(seconds[False]) - min(seconds[True]))
+    return {
+        "local_ttft_ms": local,
+        "forwarded_ttft_ms": forwarded,
+        "hop_ms": forwarded - local,
+        "hop_ms_of_minima": fastest,
+    }
 
 
-def cpu_seconds(endpoint: Replicas) -> float:
+def cpu_seconds(pair: Pair) -> float:
     total = 0.0
-    for pid in {endpoint.process.pid, *descendants(endpoint.process.pid)}:
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    for replica in pair.values():
+        fields = Path(f"/proc/{replica.process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
 
 
-def idle(endpoints: dict[str, Replicas]) -> dict[str, float]:
-    """Share of one core that each endpoint takes, all processes of Ray and Serve together."""
-    before = {name: cpu_seconds(endpoint) for name, endpoint in endpoints.items()}
+def idle(pairs: dict[str, Pair]) -> dict[str, float]:
+    """Share of one core that each pair takes."""
+    before = {name: cpu_seconds(pair) for name, pair in pairs.items()}
     started = time.monotonic()
     time.sleep(IDLE_S)
     elapsed = time.monotonic() - started
-    return {name: (cpu_seconds(endpoint) - before[name]) / elapsed for name, endpoint in endpoints.items()}
+    return {name: (cpu_seconds(pair) - before[name]) / elapsed for name, pair in pairs.items()}
 
 
-def milliseconds(seconds: list[float]) -> dict[str, float]:
-    return {"ttft_p50_ms": 1e3 * median(seconds), "ttft_p90_ms": 1e3 * quantiles(seconds, n=10)[-1]}
+def measure(pairs: dict[str, Pair], arguments: argparse.Namespace) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in pairs}
+    medians: dict[str, list[float]] = {name: [] for name in pairs}
+    durations: dict[str, float] = dict.fromkeys(pairs, 0.0)
+    for pair in pairs.values():  # compiled and warm; not counted
+        asyncio.run(one_round(pair, load(-1, 2, 2), 2, 0))
+    before = {name: counters(pair) for name, pair in pairs.items()}
+    orders = itertools.cycle(itertools.permutations(pairs))
+    for i in range(arguments.rounds):
+        for name in next(orders):
+            prompts = load(i, arguments.documents, arguments.questions)
+            took, duration = asyncio.run(one_round(pairs[name], prompts, arguments.concurrency, i))
+            seconds[name] += took
+            medians[name].append(1e3 * median(took))
+            durations[name] += duration
+    for name, pair in pairs.items():
+        now = counters(pair)
+        hits, queries = (
+            now[each] - before[name][each]
+            for each in ("rayllm_prefix_hit_tokens_total", "rayllm_prefix_query_tokens_total")
+        )
+        report[name] = {
+            "ttft_p50_ms": 1e3 * median(seconds[name]),
+            "ttft_p90_ms": 1e3 * quantiles(seconds[name], n=10)[-1],
+            "ttft_p50_ms_by_round": medians[name],
+            "requests_per_s": len(seconds[name]) / durations[name],
+            "prefix_hits": hits / queries,
+            "sent_on": (now.get("sent_on", 0.0) - before[name].get("sent_on", 0.0)) / len(seconds[name]),
+        }
+    report["random_over_prefix"] = report["random"]["ttft_p50_ms"] / report["prefix"]["ttft_p50_ms"]
+    return report
 
 
 def main() -> None:
@@ -179,40 +240,13 @@ def main() -> None:
     arguments = parser.parse_args()
     report: dict[str, Any] = {"settings": vars(arguments), "cores": os.cpu_count(), "load_before": os.getloadavg()}
     with ExitStack() as stack:
-        endpoints = {}
-        for name, (routing, environment) in POLICIES.items():
-            sections = {
-                "model": {"model": arguments.model, "dtype": "bfloat16"},
-                "cache": {"num_blocks": arguments.num_blocks},
-                "serve": {"num_replicas": 2, "routing": routing},
-            }
-            endpoints[name] = stack.enter_context(running(sections, **environment))
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        pairs = stack.enter_context(running(arguments, folder))
         time.sleep(ACQUAINTED_S)
-        seconds: dict[str, list[float]] = {name: [] for name in endpoints}
-        medians: dict[str, list[float]] = {name: [] for name in endpoints}
-        durations: dict[str, float] = dict.fromkeys(endpoints, 0.0)
-        for endpoint in endpoints.values():  # compiled and warm; not counted
-            asyncio.run(one_round(endpoint, load(-1, 2, 2), 2))
-        before = {name: hit_rate(endpoint) for name, endpoint in endpoints.items()}
-        order = itertools.cycle(itertools.permutations(endpoints))
-        for i in range(arguments.rounds):
-            for name in next(order):
-                prompts = load(i, arguments.documents, arguments.questions)
-                took, duration = asyncio.run(one_round(endpoints[name], prompts, arguments.concurrency))
-                seconds[name] += took
-                medians[name].append(1e3 * median(took))
-                durations[name] += duration
-        for name, endpoint in endpoints.items():
-            hits, queries = (now - then for now, then in zip(hit_rate(endpoint), before[name], strict=True))
-            report[name] = milliseconds(seconds[name]) | {
-                "ttft_p50_ms_by_round": medians[name],
-                "requests_per_s": len(seconds[name]) / durations[name],
-                "prefix_hits": hits / queries,
-            }
-        report["hop"] = asyncio.run(hop(endpoints["prefix"], 60))
+        report |= measure(pairs, arguments)
+        report["hop"] = asyncio.run(hop(pairs["prefix"], 60))
         report["load_after"] = os.getloadavg()
-        report["idle_share_of_a_core"] = idle(endpoints)
-    report["random_over_prefix"] = report["random"]["ttft_p50_ms"] / report["prefix"]["ttft_p50_ms"]
+        report["idle_share_of_a_core"] = idle(pairs)
     print(json.dumps(report, indent=1))
 
 
