@@ -12,6 +12,8 @@ EVAL_DATA := .eval-data
 KOREAN := $(EVAL_DATA)/konlpy
 REFERENCE := $(VENV)/.reference
 TRITON_3_6 := $(VENV)/triton-3.6
+ONE_BY_ONE := tests/e2e tests/ray tests/chaos
+TWO_AT_A_TIME := --numprocesses=2 --dist=loadfile --durations=15
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS)
 
 .PHONY: help setup serve demo test verify reference chaos lint format types contracts proto proto-check model \
@@ -42,10 +44,11 @@ demo: setup ## Ask the served model one question over HTTP and over gRPC and com
 	$(BIN)/python -m tests.e2e.demo
 
 # One thread: threads of a tiny model's step wait for each other more than they work, on a busy machine for seconds.
-# The kernels' tests ask for two.
+# The kernels' tests ask for two. Two at a time, but for those that start many processes or look at the clock.
 test: lint types contracts proto-check model kernels-check ## Everything that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not gpu' --durations=15
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not gpu' $(TWO_AT_A_TIME) $(ONE_BY_ONE:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not gpu' $(ONE_BY_ONE) --durations=15
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton $(TWO_AT_A_TIME)
 
 verify: test reference kernels-check-3.6 ## The tests, and those that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --durations=15

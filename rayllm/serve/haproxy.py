@@ -7,6 +7,10 @@ two would share the port, one of them sending its clients to replicas that are l
 
 Of a replica that is gone, or of none, Serve has HAProxy say 500 and, before it has heard of the application, by gRPC
 NOT_FOUND. Both would have a client give up on what will be there in a moment; they become 503 and UNAVAILABLE.
+
+And of a replica that dies over a request, HAProxy says nothing at all if the connection to it has carried another
+request before: it closes the client's, who should have known that kept connections end. So each HTTP request has a
+connection of its own from HAProxy to the replica.
 """
 
 import ctypes
@@ -22,6 +26,7 @@ from rayllm.core.errors import EngineUnavailableError
 from rayllm.serve.errors import failure
 
 _PR_SET_PDEATHSIG = 1
+_DEFAULTS = re.compile("^defaults\n", re.MULTILINE)
 _GRPC_NOT_FOUND = re.compile(r'hdr grpc-status 5 hdr grpc-message "[^"]*"')
 
 
@@ -38,8 +43,8 @@ def main() -> None:
 def mend(configuration: Path) -> None:
     """Serve's own file, which it writes anew for each start, and its error file beside it."""
     unavailable = EngineUnavailableError("the replica was lost, or none is ready", retry_after_s=1.0)
-    text = configuration.read_text()
-    configuration.write_text(_GRPC_NOT_FOUND.sub(f'hdr grpc-status 14 hdr grpc-message "{unavailable}"', text))
+    text = _GRPC_NOT_FOUND.sub(f'hdr grpc-status 14 hdr grpc-message "{unavailable}"', configuration.read_text())
+    configuration.write_text(_DEFAULTS.sub("defaults\n    option http-server-close\n", text))
     told = failure(unavailable)
     headers = {"content-type": "application/json", "content-length": str(len(told.openai_body)), **told.http_headers}
     lines = [f"HTTP/1.1 {told.http_status} Service Unavailable", *(f"{name}: {headers[name]}" for name in headers)]

@@ -105,8 +105,8 @@ def test_answers_without_a_text_are_refused(server: tuple[type[Handler], str], b
         ("nan", 1, 1),
         ("soon", 1, 1),
         ("9999", 30, 30),
-        (format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True), 30, 30),
-        (format_datetime(datetime.now(UTC) - timedelta(days=1), usegmt=True), 0, 0),
+        pytest.param(format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True), 30, 30, id="tomorrow"),
+        pytest.param(format_datetime(datetime.now(UTC) - timedelta(days=1), usegmt=True), 0, 0, id="yesterday"),
     ],
 )
 def test_a_busy_server_is_asked_again_when_it_says(

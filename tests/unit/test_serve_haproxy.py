@@ -3,12 +3,21 @@
 import json
 import os
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
+import pytest
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from rayllm.serve.haproxy import mend
 from rayllm.serve.local import _haproxy
+from tests.e2e.endpoint import free_ports
 
 
 def test_nothing_is_not_found_and_nothing_is_500(tmp_path: Path) -> None:
@@ -42,3 +51,71 @@ def test_what_serve_starts_is_haproxy(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert b"parsing [" in run.stderr
     assert b"haproxy.cfg:1]" in run.stderr, "it is HAProxy that reads its configuration"
+
+
+class Replica(BaseHTTPRequestHandler):
+    """Keeps its connections; dies of what is posted."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def haproxy_before_a_replica(directory: Path) -> Iterator[str]:
+    """HAProxy as Serve configures and starts it; -> its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Replica) as replica:
+        threading.Thread(target=replica.serve_forever, daemon=True).start()
+        port, metrics = free_ports(2)
+        settings = HAProxyConfig(
+            socket_path=str(directory / "admin.sock"),
+            server_state_base=str(directory),
+            server_state_file=str(directory / "server-state"),
+            metrics_port=metrics,
+            inject_process_id_header=False,
+            error_file_path=str(directory / "500.http"),
+        )
+        settings.http_options.host, settings.http_options.port = "127.0.0.1", port
+        server = ServerConfig("replica", "127.0.0.1", replica.server_port)
+        api = HAProxyApi(settings, {"app": BackendConfig("app", "/", servers=[server])}, str(directory / "haproxy.cfg"))
+        (directory / "500.http").write_text("HTTP/1.1 500 Internal Server Error")
+        api._generate_config_file_internal()
+        process = subprocess.Popen([_haproxy(directory), "-db", "-f", directory / "haproxy.cfg"])
+        try:
+            give_up = time.monotonic() + 30
+            while True:
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/x").raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    assert process.poll() is None
+                    assert time.monotonic() < give_up
+                    time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+            replica.shutdown()
+
+
+@pytest.mark.parametrize("asked_before", [False, True], ids=["a new client", "a client that has had answers"])
+def test_a_replica_that_dies_over_a_request_is_told(tmp_path: Path, asked_before: bool) -> None:
+    """And not by a connection closed without a word, which is what HAProxy does to a request on a connection that has
+    carried another one to the replica."""
+    with haproxy_before_a_replica(tmp_path) as url, httpx.Client(base_url=url) as client:
+        for _ in range(4 * asked_before):
+            client.get("/x").raise_for_status()
+        for _ in range(4):
+            httpx.get(f"{url}/x").raise_for_status()
+        answer = client.post("/x", json={})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "unavailable"
+    assert answer.headers["retry-after"] == "1"

@@ -48,7 +48,7 @@ def test_integers_are_bounded_on_both_sides(name):
 
 
 @pytest.mark.parametrize("name", [*INTEGERS, "min_tokens"])
-@pytest.mark.parametrize("value", [True, 1.0, "1", b"1", [1], {}, math.nan, math.inf, object()], ids=repr)
+@pytest.mark.parametrize("value", [True, 1.0, "1", b"1", [1], {}, math.nan, math.inf, object], ids=repr)
 def test_integers_are_integers(name, value):
     assert "must be an integer" in refused(**{name: value}).problem
 
@@ -70,7 +70,7 @@ def test_numbers_are_bounded_on_both_sides(name):
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize("value", [True, None, "1.0", [1.0], 1j, object()], ids=repr)
+@pytest.mark.parametrize("value", [True, None, "1.0", [1.0], 1j, object], ids=repr)
 def test_numbers_are_numbers(name, value):
     assert "must be a number" in refused(**{name: value}).problem
 
