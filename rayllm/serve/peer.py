@@ -73,20 +73,15 @@ class Peer:
             while True:
                 try:
                     await self._watch()
-                except (
-                    HandshakeError,
-                    PeerClosedError,
-                    FrameError,
-                    TimeoutError,
-                    msgspec.DecodeError,
-                    ValueError,
-                ) as error:
-                    level = logging.WARNING if self._is_missed else logging.DEBUG
-                    logger.log(level, "replica %s is lost: %s", self.name, error or "it says nothing")
-                    self._lose()
+                except PeerClosedError as error:
+                    # What was sent to it has connections of its own, which may still hold the rest of an answer.
+                    self._forget(error)
+                except (HandshakeError, FrameError, TimeoutError, msgspec.DecodeError, ValueError) as error:
+                    self._forget(error)
+                    self._end_all()
                 await asyncio.sleep(_AGAIN_S)
         finally:
-            self._lose()
+            self._end_all()
 
     async def run(self, request: Request, cached_tokens: int) -> AsyncGenerator[OutputDelta, None]:
         """The peer's answer, as `AsyncEngine.generate` gives it; closing it cancels it there.
@@ -131,10 +126,6 @@ class Peer:
         sent.end(error)
         return True
 
-    @property
-    def _is_missed(self) -> bool:
-        return self.view is not None and not self.view.state.is_draining
-
     async def _watch(self) -> None:
         stream = await self._connect()
         try:
@@ -150,15 +141,21 @@ class Peer:
         finally:
             stream.close()
 
-    def _lose(self) -> None:
-        was_known, self.view = self.view is not None, None
+    def _forget(self, error: Exception) -> None:
+        """Nothing more is sent to it until it speaks again."""
+        if self.view is None:
+            return
+        level = logging.DEBUG if self.view.state.is_draining else logging.WARNING
+        logger.log(level, "replica %s is lost: %s", self.name, str(error) or "it says nothing")
+        self.view = None
+        self._lost(self.name)
+
+    def _end_all(self) -> None:
         for sent in list(self._sent.values()):
-            sent.end(PeerLostError("it says nothing any more"))
+            sent.end(PeerLostError("it does not answer any more"))
         for stream in self._idle:
             stream.close()
         self._idle.clear()
-        if was_known:
-            self._lost(self.name)
 
     async def _stream(self) -> FrameStream:
         while self._idle:
