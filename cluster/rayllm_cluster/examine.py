@@ -1,9 +1,7 @@
 """Asks every rank of a placement what it sees, as the shards of a model would see it: same bundles, same sockets."""
 
-import fcntl
 import os
 import socket
-import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayllm_cluster.diagnosis import Facts
 from rayllm_cluster.errors import PlacementError
+from rayllm_cluster.interface import interface_of
 from rayllm_cluster.placement import Placement, PlacementPlan, place
 from rayllm_cluster.rendezvous import bind_store, connect_store, init_process_group
 
-_SIOCGIFADDR = 0x8915
 _CONNECT_S = 5.0
 _START_S = 60.0
 
@@ -98,7 +96,7 @@ class _Rank:
         gpu_ids = tuple(map(str, ray.get_gpu_ids()))
         gpu, problem = _gpu(gpu_ids)
         return {
-            "interface": _interface(address),
+            "interface": interface_of(address),
             "free_memory_bytes": _free_memory(),
             "shared_memory_bytes": shared.f_blocks * shared.f_frsize if shared is not None else 0,
             "gpu_ids": gpu_ids,
@@ -148,19 +146,6 @@ def _gpu(gpu_ids: tuple[str, ...]) -> tuple[str | None, str | None]:
     if not torch.cuda.is_available():
         return None, f"Ray gave it GPU {', '.join(gpu_ids)}, but torch {torch.__version__} finds none: check the driver"
     return torch.cuda.get_device_name(0), None
-
-
-def _interface(address: str) -> str | None:
-    """The network interface that has this IPv4 address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
 
 
 def _free_memory() -> int:

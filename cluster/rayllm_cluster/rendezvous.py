@@ -4,17 +4,16 @@ Rank 0 binds a port that the system chooses and only then says which, so that no
 the next. How the address travels to the other ranks is the caller's.
 """
 
-import os
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
+
+from rayllm_cluster.interface import listen_towards
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 Backend = Literal["gloo", "nccl"]
-
-LOOPBACK = "127.0.0.1"
 
 
 def bind_store(host: str, *, world_size: int, timeout_s: float) -> "TCPStore":
@@ -36,9 +35,7 @@ def init_process_group(store: "TCPStore", *, rank: int, world_size: int, backend
     import torch
     import torch.distributed as dist
 
-    if store.host == LOOPBACK:
-        # gloo would look up the machine's name, which need not resolve, and listen where other machines can connect.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    listen_towards(store.host)
     if backend == "nccl":
         torch.cuda.set_device(0)
     dist.init_process_group(

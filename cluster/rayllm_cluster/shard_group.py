@@ -17,8 +17,9 @@ from rayllm_cluster.channel import MAX_FRAME_BYTES
 from rayllm_cluster.epoch import Epoch
 from rayllm_cluster.errors import GroupClosedError
 from rayllm_cluster.handshake import KEY_BYTES, Listener
+from rayllm_cluster.interface import LOOPBACK
 from rayllm_cluster.placement import PlacementPlan, place
-from rayllm_cluster.rendezvous import LOOPBACK, Backend
+from rayllm_cluster.rendezvous import Backend
 from rayllm_cluster.shard import HandlerFactory, ShardSpec
 
 _LOCATE_S = 5.0  # for the bundles of a lost node to be placed anew; `close` has to wait for it

@@ -79,7 +79,7 @@ class Promoter:
                 await asyncio.to_thread(self._store.write, record.withdrawn())
             raise
         record = record.taken()
-        await self._change(record)
+        await self._follow(record)
         yield {"event": "done", **_described(record)}
 
     async def rollback(self) -> AsyncGenerator[Event, None]:
@@ -89,7 +89,7 @@ class Promoter:
             raise PromotionError("there are no weights to go back to")
         record = record.rolled_back()
         yield {"event": "returning", "weight_version": record.current.version}
-        await self._change(record)
+        await self._follow(record)
         yield {"event": "done", **_described(record)}
 
     async def _read(self) -> WeightRecord:
@@ -106,6 +106,17 @@ class Promoter:
 
     async def _replicas(self) -> list[str]:
         return sorted(await asyncio.to_thread(self._store.reports))
+
+    async def _follow(self, record: WeightRecord) -> None:
+        """`_change` to what all replicas are to serve from now on, and try to until they do."""
+        try:
+            await self._change(record)
+        except PromotionError as error:
+            if (await self._read()).serial != record.serial:
+                raise
+            raise PromotionError(
+                f"{record.current.version} is served, but not yet by every replica: {error}"
+            ) from error
 
     async def _change(self, record: WeightRecord) -> dict[str, ReplicaReport]:
         """Returns when every replica that the record concerns has followed: those that try a candidate, else all."""

@@ -1,11 +1,14 @@
 """One replica's way to the weights that the endpoint's record asks of it.
 
-Whoever changes the record need not know how: a replica that was away, or starts anew, finds what it is to serve.
+Whoever changes the record need not know how: a replica that was away, or starts anew, finds what it is to serve. It
+tries a candidate once; for what all replicas are to serve it tries on, for it would stay behind the others.
 """
 
 import asyncio
 import logging
+import time
 from pathlib import Path
+from typing import Final
 
 from ray.exceptions import RayError
 
@@ -18,7 +21,8 @@ from rayllm.serve.weight_store import WeightStore
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.5
+_LOOK_S: Final = 0.5
+_AGAIN_S: Final = 10.0  # between tries, each of which may read a whole checkpoint
 
 
 class WeightKeeper:
@@ -27,6 +31,8 @@ class WeightKeeper:
         self._store = store
         self._replica = replica
         self._serial = 0  # of the record that was last worked through
+        self._failed = 0  # of the record to be tried again, and from when on
+        self._again_at = 0.0
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -41,6 +47,8 @@ class WeightKeeper:
         record = await asyncio.to_thread(self._store.read)
         if record is None or record.serial == self._serial:
             return
+        if record.serial == self._failed and time.monotonic() < self._again_at:
+            return
         try:
             found = await self._change(record)
             problem = None
@@ -50,7 +58,10 @@ class WeightKeeper:
         except (RayLLMError, OSError) as error:  # whoever promotes is told, and waits for nobody
             logger.error("the weights were not changed: %s", error)
             found, problem = None, str(error)
-        self._serial = record.serial
+        if problem is not None and record.wanted(self._replica) is record.current:
+            self._failed, self._again_at = record.serial, time.monotonic() + _AGAIN_S
+        else:
+            self._serial = record.serial
         report = ReplicaReport(record.serial, self._engine.weight_version, problem, found)
         await asyncio.to_thread(self._store.report, self._replica, report)
 

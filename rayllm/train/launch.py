@@ -97,8 +97,10 @@ def _largest(config: TrainConfig) -> int | None:
 def _fit(config: TrainConfig, recipe: str) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from rayllm_cluster.torch_config import ReachableTorchConfig
 
     use_gpu = ray.cluster_resources().get("GPU", 0) >= config.layout.world
     scratch = Path(config.run).resolve() / ".ray"
@@ -110,7 +112,9 @@ def _fit(config: TrainConfig, recipe: str) -> None:
             "directory": os.getcwd(),
             "timeout_s": _COLLECTIVE_TIMEOUT_S,
         },
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        torch_config=ReachableTorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
+        ),
         scaling_config=ScalingConfig(num_workers=config.layout.world, use_gpu=use_gpu),
         run_config=RunConfig(
             name=f"launch-{time.time_ns()}",  # Ray's own record of an earlier one is nothing to go on from
