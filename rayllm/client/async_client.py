@@ -39,12 +39,18 @@ class AsyncClient:
         *,
         model: str | None = None,
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
     ) -> Generation:
         """See `Client.generate`."""
         limit = self._timeout_s if timeout_s is None else timeout_s
         request = codec.generate_request(
-            prompt, params, model=model or await self._model(), request_id=request_id, timeout_s=limit
+            prompt,
+            params,
+            model=model or await self._model(),
+            request_id=request_id,
+            timeout_s=limit,
+            session_id=session_id,
         )
         attempts = GenerateAttempts(request, timeout_s=limit, retry_for_s=self._retry_for_s)
         while True:
@@ -62,12 +68,18 @@ class AsyncClient:
         *,
         model: str | None = None,
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Chunk]:
         """See `Client.stream`. Use `contextlib.aclosing` where the loop over it may be left early."""
         limit = self._timeout_s if timeout_s is None else timeout_s
         request = codec.generate_request(
-            prompt, params, model=model or await self._model(), request_id=request_id, timeout_s=limit
+            prompt,
+            params,
+            model=model or await self._model(),
+            request_id=request_id,
+            timeout_s=limit,
+            session_id=session_id,
         )
         attempts = StreamAttempts(request, params, timeout_s=limit, retry_for_s=self._retry_for_s)
         while not attempts.complete:

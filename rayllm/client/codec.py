@@ -24,10 +24,17 @@ MAX_TIMEOUT_S = 1e9
 
 
 def generate_request(
-    prompt: Prompt, params: SamplingParams | None, *, model: str, request_id: str, timeout_s: float | None
+    prompt: Prompt,
+    params: SamplingParams | None,
+    *,
+    model: str,
+    request_id: str,
+    timeout_s: float | None,
+    session_id: str = "",
 ) -> pb.GenerateRequest:
     """`params` None leaves every choice to the server. Raises InvalidRequestError."""
     request = pb.GenerateRequest(model=_text("model", model), request_id=_text("request_id", request_id))
+    request.session_id = _text("session_id", session_id)
     if isinstance(prompt, str):
         request.text = _text("prompt", prompt)
     elif is_chat(prompt):

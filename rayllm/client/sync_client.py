@@ -47,12 +47,18 @@ class Client:
         *,
         model: str | None = None,
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
     ) -> Generation:
         """The whole answer to a text, to token ids or to a conversation. `model` None: the one that is served."""
         limit = self._timeout_s if timeout_s is None else timeout_s
         request = codec.generate_request(
-            prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
+            prompt,
+            params,
+            model=model or self._model(),
+            request_id=request_id,
+            timeout_s=limit,
+            session_id=session_id,
         )
         attempts = GenerateAttempts(request, timeout_s=limit, retry_for_s=self._retry_for_s)
         while True:
@@ -70,12 +76,18 @@ class Client:
         *,
         model: str | None = None,
         request_id: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
     ) -> Generator[Chunk]:
         """The answer's pieces as they come. Closing the iterator ends the request on the server."""
         limit = self._timeout_s if timeout_s is None else timeout_s
         request = codec.generate_request(
-            prompt, params, model=model or self._model(), request_id=request_id, timeout_s=limit
+            prompt,
+            params,
+            model=model or self._model(),
+            request_id=request_id,
+            timeout_s=limit,
+            session_id=session_id,
         )
         attempts = StreamAttempts(request, params, timeout_s=limit, retry_for_s=self._retry_for_s)
         while not attempts.complete:

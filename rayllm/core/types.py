@@ -119,6 +119,8 @@ class Request:
 
     `resume`, if not empty, has for each of the n sequences the tokens that it was given elsewhere, to be gone on from;
     None: it is finished. What comes back for the request is what follows on them.
+
+    `session`: requests that share it are best answered by the same replica; to one engine it says nothing.
     """
 
     request_id: str
@@ -127,6 +129,7 @@ class Request:
     deadline: float | None = None
     weight_version: str | None = None
     resume: tuple[tuple[int, ...] | None, ...] = ()
+    session: str | None = None
 
     @property
     def started(self) -> dict[int, tuple[int, ...]]:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _IDLE_CHECK_S = 0.25  # how often an engine without work looks whether it still has its shards
 _LOAD_CHECK_S = 0.02  # and how far they are with weights that they load
 
+LATE = "the deadline passed before the answer was complete"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
@@ -174,12 +176,32 @@ class AsyncEngine:
         await asyncio.wrap_future(done)
         return weights.version
 
+    @property
+    def is_recovering(self) -> bool:
+        """Requests wait until lost shards are replaced."""
+        return self._recovering
+
     def holds_weights(self, version: str) -> bool:
         return any(each.version == version for each in self._engine.weights.all)
 
     def use_weights(self, version: str) -> None:
         """New requests get them; those that are live keep theirs. Raises PromotionError unless they are held."""
         self._engine.weights.use(version)
+
+    def prompt_digests(self, request: Request, *, max_blocks: int) -> list[bytes]:
+        """What the first blocks of its prompt are called in the cache of this and of any engine of its weights."""
+        version = self.weight_version if request.weight_version is None else request.weight_version
+        return self._engine.scheduler.prompt_digests(request, version, max_blocks=max_blocks)
+
+    def cached_blocks(self, digests: Iterable[bytes]) -> int:
+        """How many of a prompt's first blocks are in the prefix cache now."""
+        with self._changed:
+            return self._engine.scheduler.cached_blocks(digests)
+
+    def recent_digests(self, limit: int) -> list[bytes]:
+        """Of at most so many blocks of the prefix cache, those computed or found last first."""
+        with self._changed:
+            return self._engine.scheduler.recent_digests(limit)
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -333,7 +355,7 @@ class AsyncEngine:
             self._last_progress = time.monotonic()
 
     def _expire(self, request_id: str) -> None:
-        self._end(request_id, DeadlineExceededError("the deadline passed before the answer was complete"))
+        self._end(request_id, DeadlineExceededError(LATE))
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         if not outputs:

@@ -12,6 +12,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 DIGEST_SIZE = 32  # bytes; one tenant must not be able to construct a collision with the prefix of another
 
@@ -33,7 +34,7 @@ class BlockManager:
         self.num_freed = 0  # blocks that became free, ever; grows whenever an allocation that failed may succeed
         self._ref_counts = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
-        self._cached: dict[bytes, int] = {}
+        self._cached: OrderedDict[bytes, int] = OrderedDict()  # last: what was cached or found last
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # first: the next to be reused
 
     @property
@@ -57,10 +58,12 @@ class BlockManager:
         num_idle_hits = sum(1 for block in hits if not self._ref_counts[block])
         if num_idle_hits + num_new + reserve > len(self._free):
             return None
-        for block in hits:
+        for block in reversed(hits):
             if not self._ref_counts[block]:
                 del self._free[block]
             self._ref_counts[block] += 1
+            if (digest := self._digests[block]) is not None:
+                self._cached.move_to_end(digest)
         return [*hits, *(self._allocate() for _ in range(num_new))]
 
     def _allocate(self) -> int:
@@ -94,6 +97,10 @@ class BlockManager:
         """The contents of every block are lost."""
         self._cached.clear()
         self._digests = [None] * self.num_blocks
+
+    def recent_digests(self, limit: int) -> list[bytes]:
+        """Of at most so many cached blocks, those cached or found last first."""
+        return list(islice(reversed(self._cached), limit))
 
     def digest(self, block: int) -> bytes | None:
         """What the block is cached under; None if it is private."""

@@ -17,7 +17,7 @@ Knows nothing of text, time limits, devices or ranks; ids in, ids out. Not threa
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -25,7 +25,7 @@ from rayllm.core.config import SchedulerConfig
 from rayllm.core.errors import InvalidRequestError
 from rayllm.core.types import FinishReason, Request
 from rayllm.scheduler.batch import NO_TOKEN, Batch, NewSequence, ScheduledSequence, SequenceResult, StepResult
-from rayllm.scheduler.block_manager import BlockManager, root_hash
+from rayllm.scheduler.block_manager import BlockManager, block_hash, root_hash
 from rayllm.scheduler.sequence import Sequence, SequenceGroup, SequenceOutput, Status, new_group, token_logprobs
 from rayllm.scheduler.waiting_queue import WaitingQueue
 
@@ -148,6 +148,23 @@ class Scheduler:
                 self._abort(sequence)
         if group.held and len(group.held) == len(group.sequences):  # nobody computes the prompt any more
             self._waiting.appendleft(group.held.pop(0))
+
+    def prompt_digests(self, request: Request, weight_version: str, *, max_blocks: int) -> list[bytes]:
+        """Of the first blocks of a prompt that a prefix cache could spare it, the same in every process."""
+        prompt, params = request.prompt_token_ids, request.params
+        max_hit_tokens = len(prompt) - 1 if params.prompt_logprobs is None else params.prompt_logprobs_start - 1
+        size, digests = self._block_size, [self._root(weight_version, len(prompt))]
+        for block in range(min(max_hit_tokens // size, max_blocks)):
+            digests.append(block_hash(digests[-1], prompt[block * size : (block + 1) * size]))
+        return digests[1:]
+
+    def cached_blocks(self, digests: Iterable[bytes]) -> int:
+        """How many of a prompt's first blocks are in the prefix cache now."""
+        return len(self._blocks.match(digests))
+
+    def recent_digests(self, limit: int) -> list[bytes]:
+        """Of at most so many blocks of the prefix cache, those computed or found last first."""
+        return self._blocks.recent_digests(limit)
 
     def schedule(self) -> Batch | None:
         """The next step; None if nothing can be scheduled before a step in flight is committed, or at all."""
@@ -342,8 +359,7 @@ class Scheduler:
         return True
 
     def _prefix_hits(self, sequence: Sequence) -> list[int]:
-        weights = sequence.group.weight_version.encode()
-        root = root_hash(weights + b"\0" + self._cache_key(len(sequence.prompt_token_ids)))
+        root = self._root(sequence.group.weight_version, len(sequence.prompt_token_ids))
         if not sequence.digests or sequence.digests[0] != root:
             sequence.digests = [root]
         max_hit_tokens = sequence.num_tokens - 1  # the last token's logits are needed
@@ -352,6 +368,9 @@ class Scheduler:
         max_hits = max_hit_tokens // self._block_size
         sequence.extend_digests(max_hits, self._block_size)
         return self._blocks.match(islice(sequence.digests, 1, max_hits + 1))
+
+    def _root(self, weight_version: str, prompt_len: int) -> bytes:
+        return root_hash(weight_version.encode() + b"\0" + self._cache_key(prompt_len))
 
     def _put(self, step: _Step, sequence: Sequence, new_block_ids: list[int]) -> None:
         start = sequence.num_computed_tokens

@@ -1,5 +1,6 @@
 """The Serve application: one deployment that is the HTTP ingress and the gRPC servicer at once."""
 
+import secrets
 import uuid
 from typing import Any
 
@@ -10,9 +11,10 @@ from rayllm.core.errors import ConfigError
 from rayllm.engine.ray_executor import replica_placement
 from rayllm.serve.autoscaling import EnginePolicy
 from rayllm.serve.config import ServeConfig
-from rayllm.serve.deployment import InferenceReplica
+from rayllm.serve.deployment import Endpoint, InferenceReplica
 from rayllm.serve.recent_ttft import WINDOW_S
 from rayllm.serve.settings import check_sections, serve_config
+from rayllm_cluster.handshake import KEY_BYTES
 
 APP_NAME = "rayllm"
 
@@ -49,7 +51,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         health_check_timeout_s=30.0,
         max_constructor_retry_count=1,
     )
-    return deployment.bind(config, uuid.uuid4().hex)
+    return deployment.bind(config, Endpoint(uuid.uuid4().hex, secrets.token_bytes(KEY_BYTES)))
 
 
 def from_settings(settings: dict[str, Any]) -> serve.Application:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from rayllm.core.config import EngineConfig
 from rayllm.core.errors import ConfigError
+from rayllm.serve.routing import POLICIES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +17,10 @@ class ServeConfig:
     With `max_replicas` there are as many replicas as the load needs, at least `min_replicas`, which may be 0; without,
     always `num_replicas`. `target_ttft_s`: a time to first token above it asks for more. A need must have lasted for
     `upscale_delay_s` before replicas are added, and the lack of one for `downscale_delay_s` before any is ended.
+
+    `routing` decides which of several replicas answers a request: "prefix", one that holds the beginning of its prompt
+    or answers its session, if that is worth more than what waits there; "power-of-two", the less loaded of the proxy's
+    choice and another one; "none", the proxy's choice.
     """
 
     engine: EngineConfig
@@ -30,6 +35,7 @@ class ServeConfig:
     downscale_delay_s: float = 300.0
     max_request_s: float = 3600.0
     drain_timeout_s: float = 30.0
+    routing: str = "prefix"
 
     def __post_init__(self) -> None:
         for name in ("http_port", "grpc_port"):
@@ -40,6 +46,8 @@ class ServeConfig:
         if self.num_replicas < 1:
             raise ConfigError(f"num_replicas: {self.num_replicas} is less than 1")
         self._check_autoscaling()
+        if self.routing not in POLICIES:
+            raise ConfigError(f"routing: {self.routing!r} is not one of {', '.join(POLICIES)}")
         if not self.max_request_s > 0:
             raise ConfigError(f"max_request_s: {self.max_request_s} is not positive")
         if not self.drain_timeout_s >= 0:
@@ -67,6 +75,11 @@ class ServeConfig:
     @property
     def most_replicas(self) -> int:
         return self.max_replicas or self.num_replicas
+
+    @property
+    def is_routed(self) -> bool:
+        """Replicas send requests on to each other."""
+        return self.most_replicas > 1 and self.routing != "none"
 
     @property
     def served_model(self) -> str:

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.context import ReplicaContext
 
 from rayllm.core.errors import CheckpointError
 from rayllm.engine.async_engine import AsyncEngine
@@ -18,9 +19,12 @@ from rayllm.serve.admin_api import AdminFace
 from rayllm.serve.autoscaling import LOAD, TTFT, replica_load
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.grpc_service import InferenceServicer
+from rayllm.serve.local_state import LocalState
 from rayllm.serve.openai_api import build_http_app
 from rayllm.serve.promoter import Promoter
 from rayllm.serve.ray_metrics import RaySink
+from rayllm.serve.replica_directory import ReplicaDirectory
+from rayllm.serve.routed_engine import RoutedEngine
 from rayllm.serve.service import InferenceService
 from rayllm.serve.weight_keeper import WeightKeeper
 from rayllm.serve.weight_store import WeightStore
@@ -28,20 +32,34 @@ from rayllm.serve.weight_store import WeightStore
 _PUBLISH_S: Final = 1.0  # Ray's agent reads every few seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What all replicas of one deployment of the application share, and no others do: a name, and the key by which they
+    know each other."""
+
+    name: str
+    key: bytes = field(repr=False)
+
+
 class InferenceReplica(InferenceServicer):
     """Serve calls the gRPC methods by name, asks for the HTTP app once, and checks health."""
 
-    async def __init__(self, config: ServeConfig, endpoint: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        """`endpoint`: the same for all replicas of one deployment of the application, and for no others."""
+    async def __init__(self, config: ServeConfig, endpoint: Endpoint) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
-        replica, store = context.replica_id.unique_id, WeightStore(endpoint, context)
+        replica, store = context.replica_id.unique_id, WeightStore(endpoint.name, context)
         self._config = config
         prepared = await asyncio.to_thread(_prepare, config, store)
         self._engine = await asyncio.to_thread(lambda: AsyncEngine(build_engine(prepared, start_ray)))
+        self._routed = self._among_peers(endpoint, context) if config.is_routed else None
         service = InferenceService(
-            self._engine, model=config.served_model, max_request_s=config.max_request_s, replica=replica
+            self._routed or self._engine,
+            model=config.served_model,
+            max_request_s=config.max_request_s,
+            replica=replica,
         )
         service.metrics.export_to(RaySink())
+        if self._routed is not None:
+            self._routed.report_to(service.metrics)
         super().__init__(service)
         self._keeper = WeightKeeper(self._engine, store, replica)
         self._admin = AdminFace(service, Promoter(prepared, store))
@@ -67,11 +85,32 @@ class InferenceReplica(InferenceServicer):
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Serve ends the app's lifespan once the running requests are answered, or their time is up."""
+        if self._routed is not None:
+            await self._routed.start(ray.util.get_node_ip_address())
         tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self._keeper.run())]
         yield
+        if self._routed is not None:
+            await self._routed.close(drain_timeout_s=self._config.drain_timeout_s)
         for task in tasks:
             task.cancel()
         await self._engine.close()
+
+    def _among_peers(self, endpoint: Endpoint, context: ReplicaContext) -> RoutedEngine:
+        engine = self._config.engine
+        state = LocalState(
+            self._engine,
+            block_size=engine.cache.block_size,
+            max_num_seqs=engine.scheduler.max_num_seqs,
+            is_draining=_serve_drains_this_replica,
+        )
+        return RoutedEngine(
+            self._engine,
+            state,
+            ReplicaDirectory(endpoint.name, context),
+            name=context.replica_id.unique_id,
+            key=endpoint.key,
+            policy=self._config.routing,
+        )
 
     async def _publish(self) -> None:
         while True:

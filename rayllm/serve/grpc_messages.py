@@ -11,7 +11,15 @@ from rayllm.core.types import FinishReason, SamplingParams, TokenLogprobs
 from rayllm.engine.outputs import OutputDelta
 from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.serve.prompts import Chat, Prompt
-from rayllm.serve.service import DEFAULT_MAX_TOKENS, GenerateCall, Generation, Resumption, Usage, new_request_id
+from rayllm.serve.service import (
+    DEFAULT_MAX_TOKENS,
+    GenerateCall,
+    Generation,
+    Resumption,
+    Usage,
+    checked_session,
+    new_request_id,
+)
 
 _Message = TypeVar("_Message", bound=Message)
 
@@ -74,6 +82,7 @@ def generate_call(request: pb.GenerateRequest) -> GenerateCall:
         timeout_ms=request.timeout_ms if request.HasField("timeout_ms") else None,
         attempt=request.attempt,
         resume=_resumption(request.resume) if request.HasField("resume") else None,
+        session=checked_session("session_id", request.session_id) if request.session_id else None,
     )
 
 

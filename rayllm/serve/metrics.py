@@ -28,6 +28,15 @@ class Definition:
 
 
 REQUESTS: Final = Definition("rayllm_requests", "Requests by how they ended", ("face", "outcome"))
+ROUTED: Final = Definition(
+    "rayllm_routed_requests",
+    "Requests by why their replica was chosen, and whether they were there",
+    ("reason", "target"),
+)
+PEER_FAILURES: Final = Definition(
+    "rayllm_peer_failures", "Requests that were sent on to a replica which refused them or was lost", ("kind",)
+)
+EVENTS: Final = (REQUESTS, ROUTED, PEER_FAILURES)
 TIME_TO_FIRST_TOKEN: Final = Definition(
     "rayllm_time_to_first_token_seconds", "From a request's arrival to its first token", ("face",)
 )
@@ -115,8 +124,12 @@ class Metrics:
         self._exports.append(_Export(sink))
 
     def ended(self, face: str, outcome: str) -> None:
+        self.count(REQUESTS, {"face": face, "outcome": outcome})
+
+    def count(self, metric: Definition, labels: Mapping[str, str]) -> None:
+        """`metric`: one of `EVENTS`, which has happened once more."""
         for sink in self._sinks:
-            sink.count(REQUESTS, {"face": face, "outcome": outcome}, 1.0)
+            sink.count(metric, labels, 1.0)
 
     def observe(self, metric: Definition, face: str, seconds: float) -> None:
         """`metric`: one of `HISTOGRAMS`."""
@@ -157,9 +170,12 @@ class _Export:
 class _PrometheusSink:
     def __init__(self, registry: CollectorRegistry, extra: Mapping[str, str]) -> None:
         self._extra = extra
-        self._requests = prometheus_client.Counter(
-            REQUESTS.name, REQUESTS.description, (*REQUESTS.labels, *extra), registry=registry
-        )
+        self._events = {
+            metric: prometheus_client.Counter(
+                metric.name, metric.description, (*metric.labels, *extra), registry=registry
+            )
+            for metric in EVENTS
+        }
         self._histograms = {
             metric: prometheus_client.Histogram(
                 metric.name, metric.description, (*metric.labels, *extra), buckets=SECONDS, registry=registry
@@ -168,8 +184,8 @@ class _PrometheusSink:
         }
 
     def count(self, metric: Definition, labels: Mapping[str, str], amount: float) -> None:
-        assert metric is REQUESTS, "the engine's counters are read when they are scraped"
-        self._requests.labels(**labels, **self._extra).inc(amount)
+        assert metric in self._events, "the engine's counters are read when they are scraped"
+        self._events[metric].labels(**labels, **self._extra).inc(amount)
 
     def observe(self, metric: Definition, labels: Mapping[str, str], value: float) -> None:
         self._histograms[metric].labels(**labels, **self._extra).observe(value)

@@ -6,6 +6,7 @@ names its field. Every answer is written by `Reply`, which watches for the clien
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -28,7 +29,9 @@ from rayllm.serve.openai_schema import (
     parse,
 )
 from rayllm.serve.prompts import Chat
-from rayllm.serve.service import Generation, InferenceService
+from rayllm.serve.service import GenerateCall, Generation, InferenceService, checked_session
+
+SESSION_HEADER = "x-session-id"
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -81,7 +84,7 @@ class _HttpFace:
     async def completions(self) -> Response:
         async def work(reply: Reply) -> None:
             wire = parse(CompletionRequest, await reply.read_body())
-            generation = await self._service.prepare(wire.call())
+            generation = await self._service.prepare(_in_session(wire.call(), reply))
             options = ChoiceOptions(
                 logprobs=wire.logprobs is not None,
                 token_ids=bool(wire.return_token_ids),
@@ -102,7 +105,7 @@ class _HttpFace:
     async def chat_completions(self) -> Response:
         async def work(reply: Reply) -> None:
             wire = parse(ChatCompletionRequest, await reply.read_body())
-            generation = await self._service.prepare(wire.call())
+            generation = await self._service.prepare(_in_session(wire.call(), reply))
             options = ChoiceOptions(
                 logprobs=bool(wire.logprobs),
                 token_ids=bool(wire.return_token_ids),
@@ -214,6 +217,14 @@ class _HttpFace:
             "eos_token_id": self._service.tokenizer.eos_token_id,
             "system_fingerprint": self._service.weight_version,
         }
+
+
+def _in_session(call: GenerateCall, reply: Reply) -> GenerateCall:
+    """The header is Ray Serve's; a body's `prompt_cache_key` goes before it."""
+    session = reply.header(SESSION_HEADER)
+    if call.session is not None or not session:
+        return call
+    return replace(call, session=checked_session(SESSION_HEADER, session))
 
 
 def _describe_bodies(app: FastAPI) -> None:

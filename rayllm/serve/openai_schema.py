@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from rayllm.core.errors import InvalidRequestError
 from rayllm.core.types import SamplingParams
 from rayllm.serve.prompts import Chat
-from rayllm.serve.service import DEFAULT_MAX_TOKENS, GenerateCall, new_request_id
+from rayllm.serve.service import DEFAULT_MAX_TOKENS, GenerateCall, checked_session, new_request_id
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -32,7 +32,6 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "parallel_tool_calls": (),
     "prediction": (),
-    "prompt_cache_key": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": (),
@@ -94,6 +93,8 @@ class _Sampling(Wire):
     request_id: str | None = None
     timeout_ms: int | None = None
 
+    prompt_cache_key: str | None = None
+
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
@@ -117,6 +118,11 @@ class _Sampling(Wire):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def session(self) -> str | None:
+        key = self.prompt_cache_key
+        return None if key is None else checked_session("prompt_cache_key", key)
 
     def _params(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         given = {
@@ -173,6 +179,7 @@ class CompletionRequest(_Sampling):
             ),
             request_id=new_request_id("cmpl") if self.request_id is None else self.request_id,
             timeout_ms=self.timeout_ms,
+            session=self.session,
         )
 
 
@@ -228,6 +235,7 @@ class ChatCompletionRequest(_Sampling):
             params=params,
             request_id=new_request_id("chatcmpl") if self.request_id is None else self.request_id,
             timeout_ms=self.timeout_ms,
+            session=self.session,
         )
 
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from rayllm.serve.metrics import COUNTERS, GAUGES, HISTOGRAMS, REQUESTS, SECONDS, WEIGHTS, Definition
+from rayllm.serve.metrics import COUNTERS, EVENTS, GAUGES, HISTOGRAMS, SECONDS, WEIGHTS, Definition
 
 
 class RaySink:
     def __init__(self) -> None:
         self._counters = {
-            metric: Counter(metric.name, metric.description, metric.labels) for metric in (REQUESTS, *COUNTERS)
+            metric: Counter(metric.name, metric.description, metric.labels) for metric in (*EVENTS, *COUNTERS)
         }
         self._gauges = {metric: Gauge(metric.name, metric.description, metric.labels) for metric in (WEIGHTS, *GAUGES)}
         self._histograms = {

@@ -32,6 +32,7 @@ from rayllm.serve.tracing import Span, generation_span
 
 DEFAULT_MAX_TOKENS = 16  # of a text or token prompt; a chat goes on to the end of its context
 MAX_PROMPTS = 128
+MAX_SESSION_CHARS = 256
 MAX_TIMEOUT_MS = 24 * 3600 * 1000
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/-]{1,128}")
@@ -50,6 +51,13 @@ class Engine(Protocol):
 
     @property
     def weight_version(self) -> str: ...
+
+
+def checked_session(field: str, session: str) -> str:
+    """Raises InvalidRequestError that names `field`, which the session came by."""
+    if not 1 <= len(session) <= MAX_SESSION_CHARS:
+        raise InvalidRequestError(field, f"must have 1 to {MAX_SESSION_CHARS} characters")
+    return session
 
 
 def new_request_id(prefix: str) -> str:
@@ -71,6 +79,7 @@ class GenerateCall:
     """What either face parses a request into. `timeout_ms` None: as long as the server allows.
 
     `attempt`: how often the call was made before under this id; a higher one takes the place of a lower one.
+    `session`: calls that share it go to one replica while that is not overloaded.
     """
 
     face: str  # "http" or "grpc", for the metrics
@@ -81,6 +90,7 @@ class GenerateCall:
     timeout_ms: int | None = None
     attempt: int = 0
     resume: Resumption | None = None
+    session: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -174,6 +184,7 @@ class InferenceService:
                     params=call.params,
                     deadline=deadline,
                     resume=() if call.resume is None else call.resume.token_ids,
+                    session=call.session,
                 )
                 for ids in token_ids
             )

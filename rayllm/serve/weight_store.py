@@ -7,8 +7,8 @@ Each call is a round trip of about a millisecond; raises `ray.exceptions.RayErro
 import msgspec
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.context import ReplicaContext
-from ray.util import list_named_actors
 
+from rayllm.serve.replica_directory import live_replicas
 from rayllm.serve.weight_record import ReplicaReport, WeightRecord
 
 _NAMESPACE = "rayllm"
@@ -18,7 +18,7 @@ class WeightStore:
     def __init__(self, endpoint: str, context: ReplicaContext) -> None:
         """`endpoint` names one deployment of an application: the next one begins with what its configuration says."""
         self._prefix = f"weights/{endpoint}"
-        self._actors = context.replica_id.to_full_id_str().removesuffix(context.replica_id.unique_id)
+        self._context = context
 
     def read(self) -> WeightRecord | None:
         """None: nobody has changed the weights yet."""
@@ -40,9 +40,7 @@ class WeightStore:
 
     def reports(self) -> dict[str, ReplicaReport | None]:
         """Of every replica that is alive, those that start or drain included; None: it has said nothing yet."""
-        named = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
-        replicas = [name.removeprefix(self._actors) for name in named if name.startswith(self._actors)]
-        return {replica: self._report(replica) for replica in replicas}
+        return {replica: self._report(replica) for replica in live_replicas(self._context)}
 
     def _report(self, replica: str) -> ReplicaReport | None:
         stored = _internal_kv_get(f"{self._prefix}/replica/{replica}", namespace=_NAMESPACE)

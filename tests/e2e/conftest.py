@@ -27,6 +27,7 @@ from rayllm.proto.v1.inference_pb2_grpc import InferenceStub
 from rayllm.serve.grpc_service import InferenceServicer, add_health_to_server, add_inference_to_server
 from rayllm.serve.http_reply import MAX_BODY_BYTES
 from rayllm.serve.openai_api import build_http_app
+from rayllm.serve.routed_engine import RoutedEngine
 from rayllm.serve.service import InferenceService
 
 MODEL = "tiny"
@@ -98,9 +99,11 @@ def as_serve_does(servicer: InferenceServicer) -> object:
     return Adapter()
 
 
-async def start(engine: AsyncEngine, model: Path) -> AsyncIterator[Server]:
-    """`model`: what the engine has loaded."""
-    service = InferenceService(engine, model=MODEL, max_request_s=60.0)
+async def start(engine: AsyncEngine, model: Path, routed: RoutedEngine | None = None) -> AsyncIterator[Server]:
+    """`model`: what the engine has loaded; `routed`: the engine among its peers, if it has any."""
+    service = InferenceService(routed or engine, model=MODEL, max_request_s=60.0)
+    if routed is not None:
+        routed.report_to(service.metrics)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(build_http_app(service), log_level="critical", lifespan="off")

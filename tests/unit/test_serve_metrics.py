@@ -9,7 +9,18 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayllm.engine.async_engine import EngineStats
-from rayllm.serve.metrics import COUNTERS, GAUGES, HISTOGRAMS, QUEUE, REQUESTS, WEIGHTS, Definition, Metrics
+from rayllm.serve.metrics import (
+    COUNTERS,
+    EVENTS,
+    GAUGES,
+    HISTOGRAMS,
+    PEER_FAILURES,
+    QUEUE,
+    ROUTED,
+    WEIGHTS,
+    Definition,
+    Metrics,
+)
 
 DASHBOARD = Path(__file__).parents[2] / "k8s/grafana/rayllm.json"
 STATS = EngineStats(
@@ -51,7 +62,7 @@ class Recorder:
 def exported_names() -> set[str]:
     """As Prometheus sees them, without Ray's prefix."""
     names = {metric.name for metric in (*GAUGES, WEIGHTS)}
-    names |= {f"{metric.name}_total" for metric in (*COUNTERS, REQUESTS)}
+    names |= {f"{metric.name}_total" for metric in (*COUNTERS, *EVENTS)}
     return names | {f"{metric.name}_{suffix}" for metric in HISTOGRAMS for suffix in ("bucket", "count", "sum")}
 
 
@@ -61,18 +72,20 @@ def test_the_dashboard_asks_for_what_is_exported_and_for_all_of_it():
     asked = {name for expression in expressions for name in re.findall(r"ray_(rayllm_\w+)", expression)}
     assert asked <= exported_names(), asked - exported_names()
     shown = {re.sub(r"_(total|bucket|count|sum)$", "", name) for name in asked}
-    defined = {metric.name for metric in (*GAUGES, *COUNTERS, *HISTOGRAMS, REQUESTS, WEIGHTS)}
+    defined = {metric.name for metric in (*GAUGES, *COUNTERS, *HISTOGRAMS, *EVENTS, WEIGHTS)}
     assert shown == defined
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     for expression in expressions:
         assert expression.count("(") == expression.count(")")
         labels = {label for selector in re.findall(r"{(.*?)}", expression) for label in re.findall(r"(\w+)=", selector)}
-        assert labels <= {"application", "replica", "face"}
+        assert labels <= {"application", "replica", "face", "target"}
 
 
 def test_text_has_every_metric_and_the_replica():
     metrics = Metrics(lambda: STATS, lambda: "v1", replica="r1")
     metrics.ended("http", "ok")
+    metrics.count(ROUTED, {"reason": "prefix", "target": "peer"})
+    metrics.count(PEER_FAILURES, {"kind": "lost"})
     for metric in HISTOGRAMS:
         metrics.observe(metric, "grpc", 0.02)
     families = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
@@ -104,6 +117,7 @@ def test_exports_get_increments_and_one_version_of_the_weights():
     metrics.publish()
     metrics.ended("http", "ok")
     metrics.ended("http", "ok")
+    metrics.count(ROUTED, {"reason": "load", "target": "peer"})
     metrics.observe(QUEUE, "http", 0.5)
     assert recorder.values["rayllm_generated_tokens", ()] == 47, "40 and 7 more"
     assert recorder.values["rayllm_preemptions", ()] == 1
@@ -111,4 +125,5 @@ def test_exports_get_increments_and_one_version_of_the_weights():
     assert recorder.values["rayllm_weights_info", ("v1",)] == 0
     assert recorder.values["rayllm_weights_info", ("v2",)] == 1
     assert recorder.values["rayllm_requests", ("http", "ok")] == 2
+    assert recorder.values["rayllm_routed_requests", ("load", "peer")] == 1
     assert recorder.values["rayllm_queue_seconds", ("http",)] == 0.5

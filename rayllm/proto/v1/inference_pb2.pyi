@@ -17,7 +17,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "request_id", "text", "token_ids", "chat", "sampling", "timeout_ms", "attempt", "resume")
+    __slots__ = ("model", "request_id", "text", "token_ids", "chat", "sampling", "timeout_ms", "attempt", "resume", "session_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class GenerateRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     request_id: str
     text: str
@@ -36,7 +37,8 @@ class GenerateRequest(_message.Message):
     timeout_ms: int
     attempt: int
     resume: Resumption
-    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., attempt: _Optional[int] = ..., resume: _Optional[_Union[Resumption, _Mapping]] = ...) -> None: ...
+    session_id: str
+    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., attempt: _Optional[int] = ..., resume: _Optional[_Union[Resumption, _Mapping]] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class Resumption(_message.Message):
     __slots__ = ("weight_version", "sequences")
