@@ -35,16 +35,19 @@ def replica(name: str, deployment: DeploymentID = DEPLOYMENT) -> tuple[Context, 
 
 
 def test_replicas_are_listed_until_they_leave_or_are_found_dead(session):
-    (here, _), (_, dying), (_, _) = replica("one"), replica("two"), replica("other", DeploymentID("else", "rayllm"))
+    elsewhere = DeploymentID("else", "rayllm")
+    here, *actors = (
+        replica("one") + replica("two")[1:] + replica("other", elsewhere)[1:]
+    )  # an actor goes with its handle
     assert live_replicas(here) == {"one", "two"}
-    directory, elsewhere = ReplicaDirectory("e1", here), ReplicaDirectory("e2", here)
+    directory, other = ReplicaDirectory("e1", here), ReplicaDirectory("e2", here)
     directory.join("one", ("10.0.0.1", 4001))
     directory.join("two", ("10.0.0.2", 4002))
-    elsewhere.join("old", ("10.0.0.3", 4003))
+    other.join("old", ("10.0.0.3", 4003))
     assert directory.replicas() == {"one": ("10.0.0.1", 4001), "two": ("10.0.0.2", 4002)}
     directory.clean()
     assert set(directory.replicas()) == {"one", "two"}
-    ray.kill(dying)
+    ray.kill(actors[1])
     while live_replicas(here) != {"one"}:
         pass
     assert set(directory.replicas()) == {"one", "two"}, "nobody has looked"
@@ -52,4 +55,4 @@ def test_replicas_are_listed_until_they_leave_or_are_found_dead(session):
     assert set(directory.replicas()) == {"one"}
     directory.leave("one")
     assert directory.replicas() == {}
-    assert set(elsewhere.replicas()) == {"old"}, "another deployment's are none of its business"
+    assert set(other.replicas()) == {"old"}, "another deployment's are none of its business"
