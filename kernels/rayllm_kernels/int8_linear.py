@@ -107,7 +107,7 @@ def quantize_rows(
     `row_bound_T1`: as in `w8a8_linear`.
     """
     columns = _none_if_empty(outlier_columns_J)
-    if x_TK.shape[0] > 0 and on_triton("quantize_rows", x_TK):
+    if _on_triton("quantize_rows", x_TK):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), columns, row_bound_T1)
@@ -128,7 +128,7 @@ def row_bounds(x: Tensor, outlier_columns_J: Tensor | None = None) -> Tensor:
     length = x.shape[-1]
     rows = x.numel() // length
     columns = _none_if_empty(outlier_columns_J)
-    if rows > 0 and on_triton("row_bounds", x):
+    if _on_triton("row_bounds", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         bound: Tensor = gpu.row_bounds(x.reshape(rows, length).contiguous(), columns)
@@ -179,7 +179,7 @@ def w8a8_linear(
             )
         return out
     weight_NK = unpack_weight(weight) if weight.dim() == 4 else weight
-    if rows > 0 and on_triton("w8a8_linear", x):
+    if _on_triton("w8a8_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         q_TK, scale_T1, kept_TJ = gpu.quantize_rows(x.reshape(rows, length).contiguous(), columns, row_bound_T1)
@@ -244,7 +244,7 @@ def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor 
     """x [..., K] float -> [..., N] in its dtype; sums in float32."""
     outputs, length = weight_NK.shape
     rows = x.numel() // length
-    if rows > 0 and on_triton("w8a16_linear", x):
+    if _on_triton("w8a16_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         out: Tensor = gpu.w8a16_product(x.reshape(rows, length).contiguous(), weight_NK, scale_N1, bias_N)
@@ -284,6 +284,11 @@ def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor 
     # Only the product pays on this machine; the weight in the dtype of x lives as long as the call.
     product = F.linear(x, weight_NK.to(x.dtype)).float() * scale_N1.T
     return (product if bias_N is None else product + bias_N.float()).to(x.dtype)
+
+
+def _on_triton(op: str, x: Tensor) -> bool:
+    """Rows that begin where 16 elements can be read at once; of others Triton would make further, slow binaries."""
+    return x.numel() > 0 and x.shape[-1] % 16 == 0 and on_triton(op, x)
 
 
 def _compiled(

@@ -70,7 +70,12 @@ def _attend_tile(
     return acc_ME, new_M, total_M
 
 
-@triton.jit(do_not_specialize=["window", "num_sequences", "max_items"])
+@triton.jit(
+    do_not_specialize=[
+        *("tables", "rows", "starts", "contexts", "table_stride"),
+        *("window", "num_sequences", "max_items"),
+    ]
+)
 def attend_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -225,7 +230,7 @@ def attend_kernel(
         tl.store(partial_lse + row_M, lse_M, real_M)
 
 
-@triton.jit(do_not_specialize=["window", "num_sequences", "max_items"])
+@triton.jit(do_not_specialize=["starts", "contexts", "window", "num_sequences", "max_items"])
 def join_kernel(
     out: tl.tensor,
     partial_out: tl.tensor,

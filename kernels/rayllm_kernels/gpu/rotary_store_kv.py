@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rayllm_kernels.gpu.launch import launch_kernel
-from rayllm_kernels.gpu.rotary import head_tiles, rotate_heads, warps
+from rayllm_kernels.gpu.rotary import LAYOUTS, head_tiles, rotate_heads, warps
 from rayllm_kernels.gpu.spec import Spec
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def rotary_store_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -97,14 +97,15 @@ def supports(
     )
 
 
-def _spec(heads: int, kv_heads: int, head_dim: int) -> Spec:
-    pointers = dict.fromkeys(("q", "k", "v", "q_out", "k_cache", "v_cache", "cos", "sin"), "*bf16") | {"slots": "*i64"}
+def _spec(heads: int, kv_heads: int, head_dim: int, *, dtype: str, cache: str) -> Spec:
+    pointers = dict.fromkeys(("q", "k", "v", "q_out", "cos", "sin"), f"*{dtype}")
+    pointers |= dict.fromkeys(("k_cache", "v_cache"), f"*{cache}")
     pitches = dict.fromkeys(("q_pitch", "k_pitch", "v_pitch"), "i32")
     constexprs: dict[str, object] = {**head_tiles(heads, kv_heads, head_dim)}
     return Spec(
-        name=f"rotary_store_kv {heads} and {kv_heads} x E{head_dim}",
+        name=f"rotary_store_kv {heads} and {kv_heads} x E{head_dim} {dtype} to {cache}",
         kernel=rotary_store_kernel,
-        signature=pointers | pitches | dict.fromkeys(constexprs, "constexpr"),
+        signature=pointers | {"slots": "*i64"} | pitches | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*pointers, *pitches),
         num_warps=warps(heads, head_dim),
@@ -113,4 +114,9 @@ def _spec(heads: int, kv_heads: int, head_dim: int) -> Spec:
     )
 
 
-SPECS = [_spec(9, 3, 64), _spec(32, 8, 128), _spec(64, 8, 128), _spec(16, 16, 80)]
+SPECS = [
+    _spec(*layout, dtype=dtype, cache=cache)
+    for layout in LAYOUTS
+    for dtype in ("bf16", "fp16", "fp32")
+    for cache in ("bf16", "fp16", "fp32")
+]
