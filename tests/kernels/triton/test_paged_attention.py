@@ -94,6 +94,11 @@ def test_head_layouts(lengths: list[tuple[int, int]], heads: int, kv_heads: int,
     case.check(attend(case, DECODE, processors=8))
 
 
+def test_a_group_that_fills_more_than_a_decode_block() -> None:
+    case = make_case(STEPS[:2], heads=20, kv_heads=1, head_dim=16)
+    case.check(attend(case, DECODE, processors=4))
+
+
 @pytest.mark.parametrize("page", [1, 7, 16, 64])
 def test_pages_need_not_fit_tiles(page: int) -> None:
     case = make_case([(1, 3 * page), (1, page + 1), (1, 65), (1, page)], page=page)
