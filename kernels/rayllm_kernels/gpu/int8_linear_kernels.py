@@ -147,7 +147,8 @@ def w8a8_kernel(
     program = tl.program_id(0)
     group = program // (GROUP * tiles_n)
     size = min(tiles_t - group * GROUP, GROUP)
-    t = (group * GROUP + program % (GROUP * tiles_n) % size) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = (group * GROUP + program % (GROUP * tiles_n) % size) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)
     n = (program % (GROUP * tiles_n) // size) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the end read the first ones, and are never stored
     rows = (t % T).to(tl.int64)
@@ -180,7 +181,8 @@ def w8a8_kernel(
             out = tl.dot(kept, outlier.to(kept.dtype), out, input_precision="ieee")
     if HAS_BIAS:
         out += tl.load(bias_ptr + outputs).to(tl.float32)[None, :]
-    targets = out_ptr + t.to(tl.int64)[:, None] * N + n[None, :]
+    # Within a tile 32 bits do, and half of the registers that hold addresses where 16 does not divide N
+    targets = out_ptr + first.to(tl.int64) * N + (tl.arange(0, BLOCK_T)[:, None] * N + n[None, :])
     tl.store(targets, out.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
@@ -205,7 +207,8 @@ def w8a16_kernel(
     """A program for each tile of the output and part of K. The weight is the left operand, so that it may stay in
     registers once widened. SPLIT: float32 sums to out [splits, T, N], else the output itself."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(1) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)
     split = tl.program_id(2)
     rows = (t % T).to(tl.int64)
     outputs = (n % N).to(tl.int64)
@@ -226,7 +229,7 @@ def w8a16_kernel(
         sums = tl.dot(weight.to(x.dtype), x, sums, input_precision="ieee")
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    targets = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
+    targets = out_ptr + first.to(tl.int64) * N + (tl.arange(0, BLOCK_T)[None, :] * N + n[:, None])
     inside = (t < T)[None, :] & (n < N)[:, None]
     if SPLIT:
         tl.store(targets + split.to(tl.int64) * T * N, sums, mask=inside)
