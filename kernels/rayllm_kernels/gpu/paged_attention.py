@@ -76,7 +76,7 @@ CONFIGS: dict[tuple[bool, int], tuple[Config, ...]] = {
 INT8_PREFILL = {
     64: (_prefill(_PREFILL_ROWS, 64, 8, 5), _prefill(64, 64, 4, 5)),
     128: (_prefill(_PREFILL_ROWS, 32, 8, 7), _prefill(_PREFILL_ROWS, 64, 8, 3)),
-    256: (_prefill(_PREFILL_ROWS, 16, 8, 7), _prefill(64, 16, 4, 5)),
+    256: (_prefill(_PREFILL_ROWS, 16, 8, 3), _prefill(64, 16, 4, 5)),
 }
 # 32-bit products run on the ordinary cores; it is there for checks, not for speed.
 _FLOAT32 = Config(block_m=_DECODE_ROWS, tile=16, num_warps=4, num_stages=1)

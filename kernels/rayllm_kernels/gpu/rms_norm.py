@@ -105,6 +105,11 @@ def norm_warps(size: int) -> int:
     return warps
 
 
+def backward_warps(size: int) -> int:
+    """With four warps, rows of 512 of float32 spill."""
+    return max(8, norm_warps(size))
+
+
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> normed, and the sum with the residual, or x where there is none."""
     size = x.shape[-1]
@@ -178,7 +183,7 @@ def rms_norm_backward(
         eps,
         ADD=dsummed is not None,
         **tile,
-        num_warps=norm_warps(size),
+        num_warps=backward_warps(size),
     )
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -247,7 +252,7 @@ def _spec(size: int, *, dtype: str, add: bool = False, backward: bool = False, h
         signature=pointers | integers | {"eps": "fp32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*pointers, *(["pitch"] if "pitch" in integers else [])),
-        num_warps=norm_warps(size),
+        num_warps=backward_warps(size) if backward else norm_warps(size),
         num_stages=3,
         expects=frozenset(),
     )
