@@ -65,6 +65,7 @@ W8A16: dict[int, tuple[Tiles, ...]] = {
 }
 # 32-bit products run on the ordinary cores; they are there for checks, not for speed.
 FLOAT32 = Tiles(t=16, n=32, k=32, num_warps=4, num_stages=1)
+MOST_FLOAT32_OUTLIERS = 32  # rows of a tile
 SPLIT_ROWS = 64  # up to here K is split where the tiles alone do not fill the GPU
 _PROGRAMS_PER_SM = 2
 JOINED = 256  # outputs by one program
@@ -72,6 +73,12 @@ JOINED = 256  # outputs by one program
 
 def tiles_for(table: dict[int, tuple[Tiles, ...]], rows: int) -> Tiles:
     return next(tiles[0] for most, tiles in table.items() if rows <= most)
+
+
+def w8a8_tiles(rows: int, dtype: torch.dtype, *, outliers: bool) -> Tiles:
+    """float32, which the parts of a split layer are added in, has its outlier columns multiplied on ordinary cores: in
+    large tiles those products spill."""
+    return tiles_for(W8A8, min(rows, MOST_FLOAT32_OUTLIERS) if dtype == torch.float32 and outliers else rows)
 
 
 @torch.library.custom_op("rayllm::row_bounds", mutates_args=())
@@ -156,9 +163,8 @@ def w8a8_product(
     outlier_weight_JN: Tensor | None,
 ) -> Tensor:
     """-> [T, N] in the dtype of `kept_TJ`, which is that of x."""
-    return launch_w8a8(
-        q_TK, x_scale_T1, weight_NK, scale_N1, bias_N, kept_TJ, outlier_weight_JN, tiles_for(W8A8, len(q_TK))
-    )
+    tiles = w8a8_tiles(len(q_TK), kept_TJ.dtype, outliers=kept_TJ.shape[1] > 0)
+    return launch_w8a8(q_TK, x_scale_T1, weight_NK, scale_N1, bias_N, kept_TJ, outlier_weight_JN, tiles)
 
 
 @w8a8_product.register_fake

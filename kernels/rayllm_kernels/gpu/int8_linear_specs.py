@@ -10,6 +10,7 @@ from rayllm_kernels.gpu.int8_linear import (
     GROUP,
     JOINED,
     LONGEST,
+    MOST_FLOAT32_OUTLIERS,
     OUTLIERS_AT_ONCE,
     SHORTEST,
     SPLIT_ROWS,
@@ -191,6 +192,8 @@ def _specs() -> list[Spec]:
     for dtype, whole_k, odd_n in product(dtypes, flags, flags):
         shape: dict[str, Any] = {"dtype": dtype, "whole_k": whole_k, "odd_n": odd_n}
         for most, mixed, bias in product(W8A8, flags, flags):
+            if mixed and dtype == "fp32" and most > MOST_FLOAT32_OUTLIERS:
+                continue
             specs.append(_spec_w8a8(tiles_for(W8A8, most), outliers=mixed, bias=bias, **shape))
         served = [(FLOAT32, True)] if dtype == "fp32" else [(tiles_for(W8A16, m), m <= SPLIT_ROWS) for m in W8A16]
         for tiles, may_split in served:

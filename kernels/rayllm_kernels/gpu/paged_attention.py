@@ -113,7 +113,7 @@ class Problem:
         """Of a query block by one program: one where rows are few, to spread them over the GPU; else more, so that the
         programs without work, which are most of them in prefill, stay few.
         """
-        return 1 if self.decode else 8
+        return 1 if self.decode else 4
 
     def _common(self) -> dict[str, object]:
         return {
