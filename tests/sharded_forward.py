@@ -78,7 +78,7 @@ def w8a8_row_parallel(x_TK: Tensor, whole: Int8Linear) -> Tensor:
     mine_J = (whole.outlier_columns >= first) & (whole.outlier_columns < first + size)
     linear = Int8Linear(size, whole.out_features, scheme="w8a8", bias=False, outliers=True)
     linear.set_weight(whole.weight[:, first : first + size].contiguous(), whole.weight_scale)
-    linear.set_outliers(whole.outlier_columns[mine_J] - first, whole.outlier_weight[:, mine_J])
+    linear.set_outliers(whole.outlier_columns[mine_J] - first, whole.outlier_weight, int(mine_J.nonzero()[0]))
     output: Tensor = W8A8RowParallel(linear, mesh.tp_group)(x_TK[:, first : first + size].contiguous())
     return output
 

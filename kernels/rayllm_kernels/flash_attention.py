@@ -173,8 +173,10 @@ def _check(
 
 
 def _by_triton(q_THE: Tensor) -> bool:
-    """float32 is left to torch: tensor cores would cut its products to 10 bits."""
-    is_served = q_THE.dtype in (torch.float16, torch.bfloat16) and q_THE.shape[2] <= MAX_HEAD_DIM
+    """float32 is left to torch: tensor cores would cut its products to 10 bits. So are heads that do not begin where 16
+    elements can be read at once."""
+    head_dim = q_THE.shape[2]
+    is_served = q_THE.dtype in (torch.float16, torch.bfloat16) and head_dim <= MAX_HEAD_DIM and head_dim % 16 == 0
     return is_served and on_triton("flash_attention", q_THE)
 
 

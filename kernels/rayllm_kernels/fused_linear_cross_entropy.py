@@ -84,10 +84,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = (
-        gradient * dloss.to(gradient.dtype) if dloss is not None and wanted else None
+        _scaled(gradient, dloss) if dloss is not None and wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
     return (*gradients, None, None, None, None)
+
+
+def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """In the dtype of the gradient, from a product in that of the loss: a tensor without dimensions would be rounded to
+    the gradient's dtype first."""
+    return torch.mul(gradient, dloss.view(1, 1), out=torch.empty_like(gradient))
 
 
 _loss_and_gradients.register_autograd(_differentiate, setup_context=_save)

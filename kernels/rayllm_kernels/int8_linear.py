@@ -11,6 +11,7 @@ weights of 16 bits are added in float32 before the bias. A row of x with NaN or 
 
 A row's scale is its bound, the largest magnitude without the outlier columns, / 127. Whoever holds a part of each row
 only can have its bounds from `row_bounds`, and give those of the whole rows: the integers are then those of the whole.
+`w8a8_epilogue` makes of the sums of all parts what one product would: all that is not exact is in it.
 
 On a CPU with VNNI and without AMX tiles the W8A8 product is fastest with a weight that was packed once (`pack_weight`),
 which takes the place of the plain one.
@@ -77,13 +78,37 @@ def w8a8_linear_reference(
     if outlier_columns_J is not None:
         kept_TJ = x_TK[:, outlier_columns_J]
         x_TK = x_TK.index_fill(1, outlier_columns_J.long(), 0)
-    q_TK, scale_T1 = quantize_rows_reference(x_TK, row_bound_T1)
-    out_TN = _integer_product(q_TK, weight_NK).float() * scale_T1 * scale_N1.float().T
+    bound_T1 = row_bounds_reference(x_TK) if row_bound_T1 is None else row_bound_T1
+    q_TK, _ = quantize_rows_reference(x_TK, bound_T1)
+    out_TN = w8a8_epilogue_reference(
+        _integer_product(q_TK, weight_NK),
+        bound_T1,
+        scale_N1,
+        bias_N,
+        kept_TJ=kept_TJ,
+        outlier_weight_NJ=outlier_weight_NJ,
+        dtype=x.dtype,
+    )
+    return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
+
+
+def w8a8_epilogue_reference(
+    sums_TN: Tensor,
+    row_bound_T1: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    kept_TJ: Tensor | None = None,
+    outlier_weight_NJ: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The contract of `w8a8_epilogue` in plain torch, on any device and for any shape."""
+    out_TN = sums_TN.float() * (row_bound_T1 / 127.0) * scale_N1.float().T
     if kept_TJ is not None and outlier_weight_NJ is not None:
         out_TN += kept_TJ.float() @ outlier_weight_NJ.float().T
     if bias_N is not None:
         out_TN += bias_N.float()
-    return out_TN.to(x.dtype).view(*x.shape[:-1], weight_NK.shape[0])
+    return out_TN.to(dtype)
 
 
 def w8a16_linear_reference(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -107,7 +132,7 @@ def quantize_rows(
     `row_bound_T1`: as in `w8a8_linear`.
     """
     columns = _none_if_empty(outlier_columns_J)
-    if x_TK.shape[0] > 0 and on_triton("quantize_rows", x_TK):
+    if _on_triton("quantize_rows", x_TK):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         q_TK, scale_T1, _ = gpu.quantize_rows(x_TK.contiguous(), columns, row_bound_T1)
@@ -128,7 +153,7 @@ def row_bounds(x: Tensor, outlier_columns_J: Tensor | None = None) -> Tensor:
     length = x.shape[-1]
     rows = x.numel() // length
     columns = _none_if_empty(outlier_columns_J)
-    if rows > 0 and on_triton("row_bounds", x):
+    if _on_triton("row_bounds", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         bound: Tensor = gpu.row_bounds(x.reshape(rows, length).contiguous(), columns)
@@ -179,7 +204,7 @@ def w8a8_linear(
             )
         return out
     weight_NK = unpack_weight(weight) if weight.dim() == 4 else weight
-    if rows > 0 and on_triton("w8a8_linear", x):
+    if _on_triton("w8a8_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         q_TK, scale_T1, kept_TJ = gpu.quantize_rows(x.reshape(rows, length).contiguous(), columns, row_bound_T1)
@@ -240,11 +265,60 @@ def w8a8_linear(
     return out
 
 
+def w8a8_epilogue(
+    sums_TN: Tensor,
+    row_bound_T1: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    kept_TJ: Tensor | None = None,
+    outlier_weight_NJ: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sums of whole rows, int32 and exact, with the rows' bounds -> [T, N] in `dtype`, that of x.
+
+    `kept_TJ`: x in the outlier columns, float32, in the order of `outlier_weight_NJ`. On CPU the bits are those of
+    `w8a8_linear` over the whole of x, for a length that its compiled loops take.
+    """
+    rows, outputs = sums_TN.shape
+    kept_TJ = _none_if_empty(kept_TJ)
+    weight_JN = None if kept_TJ is None or outlier_weight_NJ is None else outlier_weight_NJ.t().contiguous()
+    if not (
+        loops_may_run(sums_TN)
+        and sums_TN.numel() > 0
+        and outputs % 16 == 0
+        and (dtype == torch.bfloat16 or dtype == torch.float32)
+        and scale_N1.dtype == torch.float32
+        and scale_N1.is_contiguous()
+        and (bias_N is None or (bias_N.dtype == dtype and bias_N.is_contiguous()))
+    ):
+        return w8a8_epilogue_reference(
+            sums_TN,
+            row_bound_T1,
+            scale_N1,
+            bias_N,
+            kept_TJ=kept_TJ,
+            outlier_weight_NJ=outlier_weight_NJ,
+            dtype=dtype,
+        )
+    out_TN = torch.empty((rows, outputs), dtype=dtype)
+    sums_TN, scale_T1 = sums_TN.contiguous(), (row_bound_T1 / 127.0).contiguous()
+    kept_TJ = None if kept_TJ is None else kept_TJ.contiguous()
+    finish_rows_kernel(
+        rows,
+        *_epilogue(out_TN, scale_N1, bias_N, weight_JN),
+        sums_TN.data_ptr(),
+        scale_T1.data_ptr(),
+        0 if kept_TJ is None else kept_TJ.data_ptr(),
+    )
+    return out_TN
+
+
 def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x [..., K] float -> [..., N] in its dtype; sums in float32."""
     outputs, length = weight_NK.shape
     rows = x.numel() // length
-    if rows > 0 and on_triton("w8a16_linear", x):
+    if _on_triton("w8a16_linear", x):
         from rayllm_kernels.gpu import int8_linear as gpu
 
         out: Tensor = gpu.w8a16_product(x.reshape(rows, length).contiguous(), weight_NK, scale_N1, bias_N)
@@ -284,6 +358,11 @@ def w8a16_linear(x: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias_N: Tensor 
     # Only the product pays on this machine; the weight in the dtype of x lives as long as the call.
     product = F.linear(x, weight_NK.to(x.dtype)).float() * scale_N1.T
     return (product if bias_N is None else product + bias_N.float()).to(x.dtype)
+
+
+def _on_triton(op: str, x: Tensor) -> bool:
+    """Rows that begin where 16 elements can be read at once; of others Triton would make further, slow binaries."""
+    return x.numel() > 0 and x.shape[-1] % 16 == 0 and on_triton(op, x)
 
 
 def _compiled(

@@ -118,11 +118,12 @@ def _load_int8(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh
         raise CheckpointError(checkpoint.directory, f"tensor {stored} is no rising list of columns below {inputs}")
     weight_NJ = _read_slice(f"{name}.outlier_weight", checkpoint, mesh, torch.bfloat16, device)
     _check_finite(weight_NJ, f"{name}.outlier_weight", checkpoint)
+    before = 0  # columns of the ranks before this one
     if style_of(name) is Style.ROW:
         first = mesh.tp_rank * weight_NK.shape[1]
-        mine_J = (columns_J >= first) & (columns_J < first + weight_NK.shape[1])
-        columns_J, weight_NJ = columns_J[mine_J] - first, weight_NJ[:, mine_J]
-    module.set_outliers(columns_J.clone(), weight_NJ)
+        before = int((columns_J < first).sum())
+        columns_J = columns_J[(columns_J >= first) & (columns_J < first + weight_NK.shape[1])] - first
+    module.set_outliers(columns_J.clone(), weight_NJ, before)
 
 
 def _quantize(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh, device: torch.device) -> None:

@@ -38,7 +38,8 @@ class W8A8RowParallel(RowParallel):
     sums are added as integers and scaled once, as one rank does: all ranks but one would else round the next layer's
     values otherwise here and there, and the layers after it ever more of them.
 
-    What keeps 16 bits is added in float32, in another order than one rank has.
+    So it would be with the sums of what keeps 16 bits. Every rank therefore gets the inputs of those few columns, along
+    with the sums, and multiplies them all, in the order that one rank has.
     """
 
     linear: Int8Linear
@@ -47,9 +48,9 @@ class W8A8RowParallel(RowParallel):
         bound_T1 = row_bounds(x_TK, self.linear.outlier_columns)
         # The order of magnitudes is that of their bits, with NaN above all, which a maximum of floats may lose
         dist.all_reduce(bound_T1.view(torch.int32), dist.ReduceOp.MAX, group=self._group)
-        sums_STN = self.linear.sums(x_TK, bound_T1)
-        dist.all_reduce(sums_STN, group=self._group)
-        return self.linear.scaled(sums_STN, bound_T1, self.bias).to(x_TK.dtype)
+        sums_TS = self.linear.sums(x_TK, bound_T1)
+        dist.all_reduce(sums_TS, group=self._group)
+        return self.linear.output(sums_TS, bound_T1, self.bias, x_TK.dtype)
 
 
 class VocabParallelEmbedding(nn.Module):

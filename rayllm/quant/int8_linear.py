@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rayllm.models.decoder import Decoder
 from rayllm.models.layers import Linear
 from rayllm.models.quantization import Scheme
-from rayllm_kernels import pack_weight, quantize_rows, w8a8_linear, w8a16_linear
+from rayllm_kernels import pack_weight, quantize_rows, w8a8_epilogue, w8a8_linear, w8a16_linear
 
 
 class Int8Linear(Linear):
@@ -20,6 +20,7 @@ class Int8Linear(Linear):
 
     `outlier_columns` int32 [J] and `outlier_weight` bfloat16 [N, J] are None unless some columns of the input keep 16
     bits (W8A8 only). For the transpose of a contiguous [J, N] the kernel makes no copy: `set_outliers` sees to that.
+    A layer of which this is a part of the inputs has all its `outlier_weight` in every part, and its own columns alone.
     """
 
     def __init__(self, in_features: int, out_features: int, *, scheme: Scheme, bias: bool, outliers: bool) -> None:
@@ -45,7 +46,9 @@ class Int8Linear(Linear):
         if self.scheme == "w8a8":
             self.weight = _constant(pack_weight(self.weight, dtype))
 
-    def set_outliers(self, columns_J: Tensor, weight_NJ: Tensor) -> None:
+    def set_outliers(self, columns_J: Tensor, weight_NJ: Tensor, first: int = 0) -> None:
+        """`first`: where the columns begin among those of the weight, which for a part of the inputs has more."""
+        self.first_outlier = first
         self.outlier_columns = _constant(columns_J)
         self.outlier_weight = _constant(weight_NJ.t().contiguous().t())
 
@@ -62,23 +65,31 @@ class Int8Linear(Linear):
         )
 
     def sums(self, x_TK: Tensor, row_bound_T1: Tensor) -> Tensor:
-        """Of W8A8, where x is a part of longer rows whose bounds are given: the sums of integers, in float32 (exact to
-        2^24), and, if the layer has outlier columns, those of their products: [1 or 2, T, N]. To be added to those of
-        the other parts."""
+        """Of W8A8, where x is a part of longer rows whose bounds are given: what is to be added to that of the other
+        parts, [T, N + J] float32. First the sums of integers (exact to 2^24), then x in the outlier columns of the
+        whole rows, zero in those of other parts: adding them up rounds nothing."""
         q_TK, _ = quantize_rows(x_TK, row_bound_T1, outlier_columns_J=self.outlier_columns)
         ones_N1, bound_T1 = torch.ones_like(self.weight_scale), torch.full_like(row_bound_T1, 127.0)
         sums_TN = w8a8_linear(q_TK.float(), self.weight, ones_N1, row_bound_T1=bound_T1)
         if self.outlier_columns is None or self.outlier_weight is None:
-            return sums_TN[None]
-        return torch.stack([sums_TN, x_TK[:, self.outlier_columns].float() @ self.outlier_weight.float().T])
+            return sums_TN
+        kept_TJ = sums_TN.new_zeros(len(x_TK), self.outlier_weight.shape[1])
+        last = self.first_outlier + len(self.outlier_columns)
+        kept_TJ[:, self.first_outlier : last] = x_TK[:, self.outlier_columns]
+        return torch.cat([sums_TN, kept_TJ], dim=1)
 
-    def scaled(self, sums_STN: Tensor, row_bound_T1: Tensor, bias_N: Tensor | None) -> Tensor:
-        """-> [T, N] float32, from the `sums` of whole rows."""
-        out_TN = sums_STN[0] * (row_bound_T1 / 127.0) * self.weight_scale.T
-        for more_TN in (*sums_STN[1:], bias_N):
-            if more_TN is not None:
-                out_TN = out_TN + more_TN
-        return out_TN
+    def output(self, sums_TS: Tensor, row_bound_T1: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """-> [T, N], from the `sums` of whole rows: what `forward` gives for those, in one layer of them."""
+        size = self.out_features
+        return w8a8_epilogue(
+            sums_TS[:, :size].int(),
+            row_bound_T1,
+            self.weight_scale,
+            bias_N,
+            kept_TJ=sums_TS[:, size:],
+            outlier_weight_NJ=self.outlier_weight,
+            dtype=dtype,
+        )
 
     def joins(self, other: Self) -> bool:
         """Whether `joined` takes the two together."""

@@ -17,6 +17,8 @@ from rayllm_kernels import (
     quantize_rows_reference,
     row_bounds,
     row_bounds_reference,
+    w8a8_epilogue,
+    w8a8_epilogue_reference,
     w8a8_linear,
     w8a8_linear_reference,
     w8a16_linear,
@@ -316,3 +318,33 @@ def test_on_a_processor_without_integer_dot_products() -> None:
     done = subprocess.run(command, env=os.environ | target, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "passed" in done.stdout
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "outputs", "length"), [(1, 96, 576), (3, 24, 192), (17, 48, 640), (40, 33, 64)])
+@pytest.mark.parametrize("count", [0, 5])
+def test_sums_of_parts_become_what_the_whole_gives(
+    rows: int, outputs: int, length: int, count: int, dtype: torch.dtype
+) -> None:
+    """To the bit, whichever loop the whole runs in."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, length, generator=generator).to(dtype)
+    weight = torch.randint(-127, 128, (outputs, length), dtype=torch.int8, generator=generator)
+    scale = torch.rand(outputs, 1, generator=generator) / 100
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    columns = torch.randperm(length, generator=generator)[:count].int()
+    outlier_weight = torch.randn(count, outputs, generator=generator).bfloat16().t()
+    x[:, columns] *= 30
+    bound = row_bounds(x, columns)
+    q, _ = quantize_rows(x, outlier_columns_J=columns)
+    sums = sum(q[:, first::2].int() @ weight[:, first::2].int().T for first in (0, 1))
+    for b in (None, bias):
+        whole = w8a8_linear(x, weight, scale, b, outlier_columns_J=columns, outlier_weight_NJ=outlier_weight)
+        kept = x[:, columns].float()
+        joined = w8a8_epilogue(sums, bound, scale, b, kept_TJ=kept, outlier_weight_NJ=outlier_weight, dtype=dtype)
+        assert torch.equal(joined, whole)
+        joined = w8a8_epilogue_reference(
+            sums, bound, scale, b, kept_TJ=kept, outlier_weight_NJ=outlier_weight, dtype=dtype
+        )
+        torch.testing.assert_close(joined, whole, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)

@@ -400,10 +400,9 @@ def run_ranks(
     ("scheme", "outliers"), [("w8a16", "none"), ("w8a8", "none"), ("w8a8", "smooth"), ("w8a8", "mixed")]
 )
 def test_three_ranks_answer_as_one(ranks: Ranks, case: str, scheme: Scheme, outliers: Outliers, tmp_path: Path) -> None:
-    """W8A8 to the bit: integers are added before they are scaled. What is not int8 differs in the order of three
-    float32 terms of a sum. In a mixed layer that may push a value of the next one over the edge between two integers:
-    then its sequence differs from there on by what a step of int8 makes.
-    """
+    """W8A8 to the bit: integers are added before they are scaled, and columns in 16 bits are multiplied as one rank
+    does it. The head's columns in 16 bits are torch's product here, which rounds by how many outputs a rank has (101 is
+    no multiple of 16). Of W8A16 three float32 terms of a sum come in another order."""
     save_tiny(tmp_path / "model", case, **SIZES[case])
     out = quantize(tmp_path / "model", tmp_path / "out", scheme, outliers)
     alone = load(out)
@@ -412,8 +411,8 @@ def test_three_ranks_answer_as_one(ranks: Ranks, case: str, scheme: Scheme, outl
         pairs.append((run_ranks(ranks, tmp_path / "model", scheme), load(tmp_path / "model", quantize=scheme)))
     for split, model in pairs:
         off_T = (split - logits(model, cu_seqlens=SHORT)).abs().amax(1)
-        bound = 1e-30 if scheme == "w8a8" and outliers != "mixed" else 1e-4
-        assert (off_T < bound).float().mean() >= (0.8 if outliers == "mixed" else 1), off_T
+        bound = 1e-4 if scheme == "w8a16" else 2e-6 if outliers == "mixed" else 0
+        assert off_T.max() <= bound, off_T
     ids = IDS[:10]
     for _ in range(6):
         token = run_ranks(ranks, out, None, ids, (0, len(ids)))[-1].argmax()
@@ -421,10 +420,11 @@ def test_three_ranks_answer_as_one(ranks: Ranks, case: str, scheme: Scheme, outl
         ids = torch.cat([ids, token[None]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 33])
-def test_a_row_split_layer_rounds_as_one_rank_would(ranks: Ranks, rows: int) -> None:
-    """The slices differ in size, and a NaN in one of them spoils the row for all."""
-    x = torch.randn(rows + 1, 384, generator=torch.Generator().manual_seed(rows))
+def test_a_row_split_layer_rounds_as_one_rank_would(ranks: Ranks, rows: int, dtype: torch.dtype) -> None:
+    """The slices differ in size and in their outlier columns, and a NaN in one of them spoils the row for all."""
+    x = torch.randn(rows + 1, 384, generator=torch.Generator().manual_seed(rows)).to(dtype)
     x[:, :128] *= 0.1
     x[:, 256:] *= 10
     x[rows, 5] = torch.nan
@@ -432,13 +432,11 @@ def test_a_row_split_layer_rounds_as_one_rank_would(ranks: Ranks, rows: int) -> 
     whole = Int8Linear(384, 64, scheme="w8a8", bias=False, outliers=True)
     scale = absmax_scale(weight)
     whole.set_weight(round_to_int8(weight, scale), scale)
-    columns = torch.tensor([7, 130, 260, 131], dtype=torch.int32)
+    columns = torch.tensor([7, 130, 131, 140, 260], dtype=torch.int32)
     whole.set_outliers(columns, weight[:, columns].bfloat16())
     x[:, columns] *= 100
     with torch.inference_mode():
         expected = whole(x)
     for found in ranks.run(3, sharded_forward.w8a8_row_parallel, x, whole):
         assert not found[rows].isfinite().any()
-        torch.testing.assert_close(
-            found[:rows], expected[:rows], rtol=0, atol=1e-6 * float(expected[:rows].abs().max())
-        )
+        assert torch.equal(found[:rows], expected[:rows])

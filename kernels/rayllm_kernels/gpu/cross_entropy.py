@@ -16,7 +16,7 @@ _BLOCK = 4096
 _WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets", "ignore_index"])
 def cross_entropy_kernel(
     logits: tl.tensor,
     targets: tl.tensor,
@@ -71,12 +71,13 @@ def losses_and_gradients(logits_CV: Tensor, targets_C: Tensor, ignore_index: int
     return losses
 
 
-def _spec(name: str, logits: str, aligned: tuple[str, ...]) -> Spec:
+def _spec(dtype: str, *, odd: bool) -> Spec:
+    """`odd`: V is no multiple of 16."""
     return Spec(
-        name=f"cross_entropy {name}",
+        name=f"cross_entropy {dtype}{', V not a multiple of 16' * odd}",
         kernel=cross_entropy_kernel,
         signature={
-            "logits": logits,
+            "logits": f"*{dtype}",
             "targets": "*i64",
             "losses": "*fp32",
             "size": "i32",
@@ -84,15 +85,11 @@ def _spec(name: str, logits: str, aligned: tuple[str, ...]) -> Spec:
             "BLOCK_V": "constexpr",
         },
         constexprs={"BLOCK_V": _BLOCK},
-        aligned=aligned,
+        aligned=("logits", "losses", *(() if odd else ("size",))),
         num_warps=_WARPS,
         num_stages=3,
         expects=frozenset(),
     )
 
 
-SPECS = [
-    _spec("bf16", "*bf16", ("logits", "targets", "losses", "size")),
-    _spec("bf16, V not a multiple of 16", "*bf16", ("logits", "targets", "losses")),
-    _spec("fp32", "*fp32", ("logits", "targets", "losses", "size")),
-]
+SPECS = [_spec(dtype, odd=odd) for dtype in ("bf16", "fp16", "fp32") for odd in (False, True)]

@@ -59,12 +59,14 @@ class Pattern(NamedTuple):
 
 def _readable(x_THE: Tensor, tma: bool) -> Tensor:
     """x, or a copy where the kernel cannot read it: rows need not lie dense, but the head size has to, and the TMA unit
-    wants multiples of 16 bytes and heads one behind another."""
+    wants multiples of 16 bytes, heads one behind another, and rows that do not overlap, as those of one that is
+    expanded do. (`contiguous` would keep what is dense but lies off 16 bytes, and the strides of a single row.)"""
+    _, heads, head_dim = x_THE.shape
     fits = x_THE.stride(2) == 1
     if tma:
-        fits = fits and x_THE.stride(1) == x_THE.shape[2]
+        fits = fits and x_THE.stride(1) == head_dim and x_THE.stride(0) >= heads * head_dim
         fits = fits and x_THE.data_ptr() % 16 == 0 and x_THE.stride(0) * x_THE.element_size() % 16 == 0
-    return x_THE if fits else x_THE.contiguous()
+    return x_THE if fits else x_THE.clone(memory_format=torch.contiguous_format)
 
 
 def _describe(x_THE: Tensor, rows: int, tma: bool) -> Any:

@@ -109,7 +109,7 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sequences", "query_rows", "key_rows", "window", "group"])
+@triton.jit(do_not_specialize=["q_starts_B1", "k_starts_B1", "sequences", "query_rows", "key_rows", "window", "group"])
 def flash_attention_dkdv_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -236,7 +236,7 @@ def _walk_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["sequences", "query_rows", "window", "group"])
+@triton.jit(do_not_specialize=["q_starts_B1", "k_starts_B1", "sequences", "query_rows", "window", "group"])
 def flash_attention_dq_kernel(
     q: tl.tensor,
     k: tl.tensor,

@@ -1,6 +1,7 @@
 """Into which tiles flash attention is cut, by head size and device; `SPECS` has all of them compiled for sm_90."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -53,8 +54,8 @@ class Tiling:
 
 
 def block_e(head_dim: int) -> int:
-    """Columns of a tile: Triton's are powers of two."""
-    return max(16, int(triton.next_power_of_2(head_dim)))
+    """Columns of a tile: Triton's are powers of two; narrower ones would be further binaries that no model needs."""
+    return max(64, int(triton.next_power_of_2(head_dim)))
 
 
 def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int, *, warp_specialize: bool = False) -> Tiling:
@@ -108,9 +109,15 @@ _PORTABLE_KV = (_pointers(16, 64, 8, 2), _pointers(16, 32, 8, 1))
 def tiling(table: Table, x_THE: Tensor) -> Tiling:
     """What serves x's device and head size. On CPU the interpreter runs, for which the portable tiles suit."""
     head_dim = x_THE.shape[2]
-    if x_THE.is_cuda and head_dim in table and torch.cuda.get_device_capability(x_THE.device) == (9, 0):
-        return table[head_dim][0]
+    if _on_sm_90(x_THE):
+        alike = 96 if 64 < head_dim < 128 else head_dim  # as wide, and by pointer
+        if alike in table:
+            return table[alike][0]
     return _portable(table, head_dim)
+
+
+def _on_sm_90(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def _portable(table: Table, head_dim: int) -> Tiling:
@@ -144,7 +151,8 @@ def _spec(
     keys = _tile_type(dtype, tile.block_n, head_dim, tile.tma)
     types = {"q": queries, "dout": queries, "k": keys, "v": keys, "scale": "fp32", "scale_log2": "fp32"}
     types |= dict.fromkeys(("out", "dq", "dk", "dv"), f"*{dtype}") | dict.fromkeys(("lse", "delta"), "*fp32")
-    types |= dict.fromkeys(("q_starts_B1", "k_starts_B1"), "*i32")
+    starts = ("q_starts_B1", "k_starts_B1")
+    types |= dict.fromkeys(starts, "*i32")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
     owned = tile.block_n if kernel is flash_attention_dkdv_kernel else tile.block_m
     expects = {"wgmma": owned >= 64, "tma": tile.tma, "setmaxnreg": tile.warp_specialize}
@@ -153,7 +161,11 @@ def _spec(
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
-        aligned=tuple(name for name, kind in signature.items() if kind[0] == "*" or name.endswith("_stride")),
+        aligned=tuple(
+            name
+            for name, kind in signature.items()
+            if (kind[0] == "*" and name not in starts) or name.endswith("_stride")
+        ),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         expects=frozenset(name for name, expected in expects.items() if expected),
@@ -195,10 +207,11 @@ def _specs() -> list[Spec]:
         for head_dim, (shipped, *others) in table.items():
             specs += [_spec(part, kernel, tile, head_dim=head_dim) for tile in others]
             specs += _masked(part, kernel, shipped, head_dim)
-        for head_dim in (32, 128, 256):
+        for head_dim in (48, 128, 192, 256):
             specs += _masked(part, kernel, _portable(table, head_dim), head_dim)
-    specs += [_delta_spec(head_dim, "bf16", of_lse=False) for head_dim in FORWARD]
-    return [*specs, _delta_spec(128, "bf16", of_lse=True), _delta_spec(128, "fp16", of_lse=False)]
+    for head_dim, dtype, of_lse in product((48, 64, 80, 128, 192, 256), ("bf16", "fp16"), (False, True)):
+        specs.append(_delta_spec(head_dim, dtype, of_lse=of_lse))
+    return specs
 
 
 SPECS = _specs()

@@ -77,7 +77,7 @@ def _attend(
     return acc, total, highest
 
 
-@triton.jit(do_not_specialize=["sequences", "query_rows", "window", "group"])
+@triton.jit(do_not_specialize=["q_starts_B1", "k_starts_B1", "sequences", "query_rows", "window", "group"])
 def flash_attention_forward_kernel(
     q: tl.tensor,
     k: tl.tensor,

@@ -27,16 +27,15 @@ def to_int8(x: tl.tensor, bound: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _load_row(
-    x_ptr: tl.tensor,
+    row_ptr: tl.tensor,
     columns_ptr: tl.tensor,
-    row: tl.tensor,
     k: tl.tensor,
     K: tl.tensor,
     J: tl.tensor,
     OUTLIERS: tl.constexpr,
 ) -> tl.tensor:
-    """In float32, zero past its end and in the J outlier columns."""
-    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    """Columns k in float32, zero past the row's end and in the J outlier columns."""
+    x = tl.load(row_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     if OUTLIERS:
         for one in range(J):
             x = tl.where(k == tl.load(columns_ptr + one), 0.0, x)
@@ -44,6 +43,23 @@ def _load_row(
 
 
 @triton.jit
+def _bound_of_long_row(
+    row_ptr: tl.tensor,
+    columns_ptr: tl.tensor,
+    K: tl.tensor,
+    J: tl.tensor,
+    BLOCK_K: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+) -> tl.tensor:
+    """`largest_magnitude` of a row that is longer than BLOCK_K."""
+    largest = tl.zeros((BLOCK_K,), tl.int32)
+    for start in range(0, K, BLOCK_K):
+        x = _load_row(row_ptr, columns_ptr, start + tl.arange(0, BLOCK_K), K, J, OUTLIERS)
+        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["J"])
 def quantize_rows_kernel(
     x_ptr: tl.tensor,
     q_ptr: tl.tensor,
@@ -55,23 +71,33 @@ def quantize_rows_kernel(
     J: tl.tensor,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    OUTLIERS: tl.constexpr,
     GIVEN: tl.constexpr,
 ) -> None:
-    """A program for each row. BLOCK_J 0: no outlier columns. GIVEN: its bound is read, not found."""
+    """A program for each row. WHOLE_ROW: it is held at once, else read twice. GIVEN: its bound is read, not found."""
     row = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + row * K
+    if OUTLIERS:
+        for start in range(0, J, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            column = tl.load(columns_ptr + j, mask=j < J, other=0)
+            kept = tl.load(row_ptr + column, mask=j < J, other=0.0)
+            tl.store(kept_ptr + row * J + j, kept, mask=j < J)
     k = tl.arange(0, BLOCK_K)
-    x = _load_row(x_ptr, columns_ptr, row, k, K, J, BLOCK_J > 0)
-    if BLOCK_J > 0:
-        j = tl.arange(0, BLOCK_J)
-        column = tl.load(columns_ptr + j, mask=j < J, other=0)
-        kept = tl.load(x_ptr + row * K + column, mask=j < J, other=0.0)
-        tl.store(kept_ptr + row * J + j, kept, mask=j < J)
-    bound = tl.load(bound_ptr + row) if GIVEN else largest_magnitude(x, 0)
-    tl.store(q_ptr + row * K + k, to_int8(x, bound), mask=k < K)
+    if WHOLE_ROW:
+        x = _load_row(row_ptr, columns_ptr, k, K, J, OUTLIERS)
+        bound = tl.load(bound_ptr + row) if GIVEN else largest_magnitude(x, 0)
+        tl.store(q_ptr + row * K + k, to_int8(x, bound), mask=k < K)
+    else:
+        bound = tl.load(bound_ptr + row) if GIVEN else _bound_of_long_row(row_ptr, columns_ptr, K, J, BLOCK_K, OUTLIERS)
+        for start in range(0, K, BLOCK_K):
+            x = _load_row(row_ptr, columns_ptr, start + k, K, J, OUTLIERS)
+            tl.store(q_ptr + row * K + start + k, to_int8(x, bound), mask=start + k < K)
     tl.store(scale_ptr + row, bound / 127.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["J"])
 def row_bounds_kernel(
     x_ptr: tl.tensor,
     columns_ptr: tl.tensor,
@@ -79,15 +105,20 @@ def row_bounds_kernel(
     K: tl.tensor,
     J: tl.tensor,
     BLOCK_K: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     OUTLIERS: tl.constexpr,
 ) -> None:
     """A program for each row."""
     row = tl.program_id(0).to(tl.int64)
-    x = _load_row(x_ptr, columns_ptr, row, tl.arange(0, BLOCK_K), K, J, OUTLIERS)
-    tl.store(bound_ptr + row, largest_magnitude(x, 0))
+    row_ptr = x_ptr + row * K
+    if WHOLE_ROW:
+        bound = largest_magnitude(_load_row(row_ptr, columns_ptr, tl.arange(0, BLOCK_K), K, J, OUTLIERS), 0)
+    else:
+        bound = _bound_of_long_row(row_ptr, columns_ptr, K, J, BLOCK_K, OUTLIERS)
+    tl.store(bound_ptr + row, bound)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "J"])
 def w8a8_kernel(
     q_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -107,6 +138,7 @@ def w8a8_kernel(
     BLOCK_J: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    OUTLIERS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ) -> None:
     """A program for each tile of the output: int8 along K, then 16 bits along J, then one epilogue."""
@@ -115,7 +147,8 @@ def w8a8_kernel(
     program = tl.program_id(0)
     group = program // (GROUP * tiles_n)
     size = min(tiles_t - group * GROUP, GROUP)
-    t = (group * GROUP + program % (GROUP * tiles_n) % size) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = (group * GROUP + program % (GROUP * tiles_n) % size) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)
     n = (program % (GROUP * tiles_n) // size) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the end read the first ones, and are never stored
     rows = (t % T).to(tl.int64)
@@ -137,7 +170,7 @@ def w8a8_kernel(
     x_scale = tl.load(x_scale_ptr + rows)
     scale = tl.load(scale_ptr + outputs)
     out = sums.to(tl.float32) * x_scale[:, None] * scale[None, :]
-    if BLOCK_J > 0:
+    if OUTLIERS:
         j = tl.arange(0, BLOCK_J)
         for start in range(0, J, BLOCK_J):
             inside = j < J - start
@@ -148,11 +181,12 @@ def w8a8_kernel(
             out = tl.dot(kept, outlier.to(kept.dtype), out, input_precision="ieee")
     if HAS_BIAS:
         out += tl.load(bias_ptr + outputs).to(tl.float32)[None, :]
-    targets = out_ptr + t.to(tl.int64)[:, None] * N + n[None, :]
+    # Within a tile 32 bits do, and half of the registers that hold addresses where 16 does not divide N
+    targets = out_ptr + first.to(tl.int64) * N + (tl.arange(0, BLOCK_T)[:, None] * N + n[None, :])
     tl.store(targets, out.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def w8a16_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -173,7 +207,8 @@ def w8a16_kernel(
     """A program for each tile of the output and part of K. The weight is the left operand, so that it may stay in
     registers once widened. SPLIT: float32 sums to out [splits, T, N], else the output itself."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(1) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)
     split = tl.program_id(2)
     rows = (t % T).to(tl.int64)
     outputs = (n % N).to(tl.int64)
@@ -194,7 +229,7 @@ def w8a16_kernel(
         sums = tl.dot(weight.to(x.dtype), x, sums, input_precision="ieee")
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    targets = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
+    targets = out_ptr + first.to(tl.int64) * N + (tl.arange(0, BLOCK_T)[None, :] * N + n[:, None])
     inside = (t < T)[None, :] & (n < N)[:, None]
     if SPLIT:
         tl.store(targets + split.to(tl.int64) * T * N, sums, mask=inside)
@@ -205,7 +240,7 @@ def w8a16_kernel(
         tl.store(targets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "splits"])
 def join_splits_kernel(
     sums_ptr: tl.tensor,
     scale_ptr: tl.tensor,

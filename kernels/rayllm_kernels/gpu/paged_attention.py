@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +15,7 @@ from rayllm_kernels.gpu.spec import Spec
 from rayllm_kernels.gpu.split_work import BLOCK_B, Bounds
 
 MAX_HEAD_DIM = 256
+_DECODE_ROWS, _PREFILL_ROWS = 16, 128  # of a query block: of a token's heads at most, and of several tokens'
 _LOG2_E = 1.4426950408889634
 
 
@@ -49,7 +51,7 @@ def _prefill(block_m: int, tile: int, num_warps: int, num_stages: int) -> Config
 
 def _decode(tile: int, num_stages: int, *, programs_per_sm: int = 4) -> Config:
     return Config(
-        block_m=16,
+        block_m=_DECODE_ROWS,
         tile=tile,
         num_warps=4,
         num_stages=num_stages,
@@ -65,19 +67,24 @@ CONFIGS: dict[tuple[bool, int], tuple[Config, ...]] = {
     (True, 64): (_decode(128, 5), _decode(64, 7), _decode(64, 5, programs_per_sm=8)),
     (True, 128): (_decode(64, 5), _decode(32, 7), _decode(64, 7)),
     (True, 256): (_decode(32, 5), _decode(32, 7)),
-    (False, 64): (_prefill(128, 64, 8, 5), _prefill(128, 128, 8, 5), _prefill(64, 64, 4, 5)),
-    (False, 128): (_prefill(128, 64, 8, 5), _prefill(128, 32, 8, 7), _prefill(64, 64, 4, 5)),
-    (False, 256): (_prefill(128, 32, 8, 5), _prefill(64, 32, 8, 5), _prefill(64, 16, 4, 5)),
+    (False, 64): (_prefill(_PREFILL_ROWS, 64, 8, 5), _prefill(_PREFILL_ROWS, 128, 8, 5), _prefill(64, 64, 4, 5)),
+    (False, 128): (_prefill(_PREFILL_ROWS, 64, 8, 5), _prefill(_PREFILL_ROWS, 32, 8, 7), _prefill(64, 64, 4, 5)),
+    (False, 256): (_prefill(_PREFILL_ROWS, 32, 8, 5), _prefill(64, 32, 8, 5), _prefill(64, 16, 4, 5)),
 }
 # Keys and values of int8 are widened in registers: tiles as above spill some with triton 3.6, and so does the third of
 # those for decode.
 INT8_PREFILL = {
-    64: (_prefill(128, 64, 8, 5), _prefill(64, 64, 4, 5)),
-    128: (_prefill(128, 32, 8, 7), _prefill(128, 64, 8, 3)),
-    256: (_prefill(128, 16, 8, 7), _prefill(64, 16, 4, 5)),
+    64: (_prefill(_PREFILL_ROWS, 64, 8, 5), _prefill(64, 64, 4, 5)),
+    128: (_prefill(_PREFILL_ROWS, 32, 8, 7), _prefill(_PREFILL_ROWS, 64, 8, 3)),
+    256: (_prefill(_PREFILL_ROWS, 16, 8, 3), _prefill(64, 16, 4, 5)),
 }
 # 32-bit products run on the ordinary cores; it is there for checks, not for speed.
-_FLOAT32 = Config(block_m=16, tile=16, num_warps=4, num_stages=1)
+_FLOAT32 = Config(block_m=_DECODE_ROWS, tile=16, num_warps=4, num_stages=1)
+
+
+def _padded(head_dim: int) -> int:
+    """Columns of a tile: Triton's are powers of two; narrower ones would be further binaries that no model needs."""
+    return max(64, int(triton.next_power_of_2(head_dim)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,14 +113,14 @@ class Problem:
         """Of a query block by one program: one where rows are few, to spread them over the GPU; else more, so that the
         programs without work, which are most of them in prefill, stay few.
         """
-        return 1 if self.decode else 8
+        return 1 if self.decode else 4
 
     def _common(self) -> dict[str, object]:
         return {
             "KV_HEADS": self.kv_heads,
             "GROUP": self.group,
             "HEAD_DIM": self.head_dim,
-            "BLOCK_E": max(16, triton.next_power_of_2(self.head_dim)),
+            "BLOCK_E": _padded(self.head_dim),
             "BLOCK_Q": self.block_q,
             "TILE": self.config.tile,
             "MIN_TILES": self.config.min_tiles,
@@ -135,7 +142,7 @@ class Problem:
 
 def configs_for(head_dim: int, *, decode: bool, int8: bool) -> tuple[Config, ...]:
     """Those that ship for products of 16 bits, the one in use first."""
-    size = max(64, int(triton.next_power_of_2(head_dim)))
+    size = _padded(head_dim)
     if not int8:
         return CONFIGS[decode, size]
     return CONFIGS[True, size][:2] if decode else INT8_PREFILL[size]
@@ -164,7 +171,8 @@ def launch(
     sequences, int8 = rows_B.shape[0], k_cache_NPKE.dtype == torch.int8
     if tokens == 0:
         return
-    decode = tokens <= sequences
+    # A group that fills more than the one block of a decode step is served by the larger ones of prefill
+    decode = tokens <= sequences and heads // kv_heads <= _DECODE_ROWS
     if config is None:
         wide = q_THE.dtype == torch.float32 or not (int8 or q_THE.dtype == k_cache_NPKE.dtype)
         config = _FLOAT32 if wide else configs_for(head_dim, decode=decode, int8=int8)[0]
@@ -275,12 +283,16 @@ def _(*_arguments: object, **_keywords: object) -> None:
 
 
 def supports(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> bool:
-    """Whether `launch` takes these tensors, the scales and the lengths (int32) aside."""
+    """Whether `launch` has binaries for these tensors, the scales and the lengths (int32) aside: a cache is in the
+    dtype of q, or int8."""
+    group = q.shape[1] // k_cache.shape[2]
     return (
         q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and k_cache.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8)
+        and k_cache.dtype in (q.dtype, torch.int8)
         and k_cache.dtype == v_cache.dtype
         and q.shape[2] <= MAX_HEAD_DIM
+        and q.shape[2] % 16 == 0  # heads begin where 16 elements can be read at once
+        and group <= (_DECODE_ROWS if q.dtype == torch.float32 else _PREFILL_ROWS)
         and q.stride(2) == 1
         and out.is_contiguous()
         and k_cache.is_contiguous()
@@ -291,7 +303,6 @@ def supports(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: T
 
 
 def _spec(
-    name: str,
     config: Config,
     *,
     decode: bool,
@@ -299,10 +310,10 @@ def _spec(
     int8: bool = False,
     window: bool = False,
     dtype: str = "bf16",
-    group: int = 4,
+    **shape: int,
 ) -> Spec:
-    """`attend_kernel` for pages of 16 tokens and 8 kv heads, each of which `group` query heads share; q in `dtype`."""
-    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=int8, window=window, group=group)
+    """`attend_kernel`; q in `dtype`."""
+    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=int8, window=window, **shape)
     cache, scales = ("*i8", "*fp32") if int8 else (f"*{dtype}", "constexpr")
     pointers = {
         "q": f"*{dtype}",
@@ -313,14 +324,15 @@ def _spec(
         "out": f"*{dtype}",
     }
     pointers |= {"partial_out": "*fp32", "partial_lse": "*fp32"}
-    pointers |= dict.fromkeys(("tables", "rows", "starts", "contexts"), "*i32")
-    strides = ("q_token_stride", "q_head_stride", "table_stride")
     constexprs = problem.attend_constexprs() | ({} if int8 else {"k_scales": None, "v_scales": None})
-    scalars = dict.fromkeys((*strides, "window", "num_sequences", "max_items"), "i32") | {"scale": "fp32"}
+    lengths = dict.fromkeys(("tables", "rows", "starts", "contexts"), "*i32")
+    strides = ("q_token_stride", "q_head_stride")
+    scalars = dict.fromkeys((*strides, "table_stride", "window", "num_sequences", "max_items"), "i32")
+    form = f"{dtype}{' int8' if int8 else ''}{' window' if window else ''}"
     return Spec(
-        name=f"paged_attention {name}",
+        name=f"paged_attention {_kind(decode, head_dim)} {form}{_named(shape)} {config}",
         kernel=attend_kernel,
-        signature=pointers | scalars | dict.fromkeys(constexprs, "constexpr"),
+        signature=pointers | lengths | scalars | {"scale": "fp32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*(name for name in pointers if name not in constexprs), *strides),
         num_warps=config.num_warps,
@@ -329,15 +341,16 @@ def _spec(
     )
 
 
-def _spec_join(config: Config, *, decode: bool, head_dim: int) -> Spec:
-    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=False, window=False)
-    pointers = {"out": "*bf16", "partial_out": "*fp32", "partial_lse": "*fp32", "starts": "*i32", "contexts": "*i32"}
+def _spec_join(config: Config, *, decode: bool, head_dim: int, dtype: str, window: bool, **shape: int) -> Spec:
+    problem = _shipped(config, decode=decode, head_dim=head_dim, int8=False, window=window, **shape)
+    pointers = {"out": f"*{dtype}", "partial_out": "*fp32", "partial_lse": "*fp32"}
     constexprs = problem.join_constexprs()
     scalars = dict.fromkeys(("window", "num_sequences", "max_items"), "i32")
+    form = f"{dtype}{' window' if window else ''}"
     return Spec(
-        name=f"paged_attention join {'decode' if decode else 'prefill'} E{head_dim}",
+        name=f"paged_attention join {_kind(decode, head_dim)} {form}{_named(shape)}",
         kernel=join_kernel,
-        signature=pointers | scalars | dict.fromkeys(constexprs, "constexpr"),
+        signature=pointers | {"starts": "*i32", "contexts": "*i32"} | scalars | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=tuple(pointers),
         num_warps=4,
@@ -346,41 +359,60 @@ def _spec_join(config: Config, *, decode: bool, head_dim: int) -> Spec:
     )
 
 
-def _shipped(config: Config, *, decode: bool, head_dim: int, int8: bool, window: bool, group: int = 4) -> Problem:
+def _kind(decode: bool, head_dim: int) -> str:
+    return f"{'decode' if decode else 'prefill'} E{head_dim}"
+
+
+def _named(shape: dict[str, int]) -> str:
+    return "".join(f" {name} {value}" for name, value in shape.items())
+
+
+def _shipped(
+    config: Config,
+    *,
+    decode: bool,
+    head_dim: int,
+    int8: bool,
+    window: bool,
+    kv_heads: int = 8,
+    group: int = 4,
+    page: int = 16,
+) -> Problem:
     return Problem(
         config=config,
-        kv_heads=8,
+        kv_heads=kv_heads,
         group=group,
         head_dim=head_dim,
-        page=16,
+        page=page,
         window=window,
         int8=int8,
         decode=decode,
     )
 
 
+# By these numbers addresses and rows are divided; the compiler makes something else of them than of 8, 4 and 16
+_SHAPES: tuple[dict[str, Any], ...] = ({"kv_heads": 1, "group": 1, "page": 1}, {"kv_heads": 3, "group": 7, "page": 7})
+
+
 def _specs() -> list[Spec]:
     """Of the configuration in use whatever a model may ask of it; of the others what the benchmark compares."""
     specs = []
-    for decode, head_dim in product((True, False), (64, 80, 96, 128, 256)):
-        kind = f"{'decode' if decode else 'prefill'} E{head_dim}"
+    for decode, head_dim in product((True, False), (48, 64, 80, 128, 192, 256)):
         for int8 in (False, True):
             first, *others = configs_for(head_dim, decode=decode, int8=int8)
             for dtype, window in product(("bf16", "fp16"), (False, True)):
-                name = f"{kind}{' int8' if int8 else ''} {dtype}{' window' if window else ''} {first}"
-                specs.append(
-                    _spec(name, first, decode=decode, head_dim=head_dim, int8=int8, window=window, dtype=dtype)
-                )
+                specs.append(_spec(first, decode=decode, head_dim=head_dim, int8=int8, window=window, dtype=dtype))
+            for window in (False, True) if decode else ():  # by the same tiles as prefill
+                specs.append(_spec(_FLOAT32, decode=True, head_dim=head_dim, int8=int8, window=window, dtype="fp32"))
             for config in others if (decode, head_dim) in CONFIGS else ():
-                name = f"{kind}{' int8' if int8 else ''} bf16 {config}"
-                specs.append(_spec(name, config, decode=decode, head_dim=head_dim, int8=int8))
-        if (decode, head_dim) in CONFIGS:
-            first = configs_for(head_dim, decode=decode, int8=False)[0]
-            for group in (1, 3):
-                name = f"{kind} bf16 group {group} {first}"
-                specs.append(_spec(name, first, decode=decode, head_dim=head_dim, group=group))
-            specs.append(_spec(f"{kind} fp32", _FLOAT32, decode=decode, head_dim=head_dim, dtype="fp32"))
-            specs.append(_spec_join(first, decode=decode, head_dim=head_dim))
+                specs.append(_spec(config, decode=decode, head_dim=head_dim, int8=int8))
+            for shape in _SHAPES if (decode, head_dim) in CONFIGS else ():
+                specs.append(_spec(first, decode=decode, head_dim=head_dim, int8=int8, **shape))
+        first = configs_for(head_dim, decode=decode, int8=False)[0]
+        for dtype, window in product(("bf16", "fp16", "fp32"), (False, True)):
+            specs.append(_spec_join(first, decode=decode, head_dim=head_dim, dtype=dtype, window=window))
+        for shape in _SHAPES:
+            specs.append(_spec_join(first, decode=decode, head_dim=head_dim, dtype="bf16", window=False, **shape))
     return specs
 
 

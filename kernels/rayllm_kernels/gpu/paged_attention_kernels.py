@@ -64,13 +64,34 @@ def _attend_tile(
     weights_MN = tl.exp2(scores_MN - level_M[:, None])
     decay_M = tl.exp2(highest_M - level_M)
     total_M = total_M * decay_M + tl.sum(weights_MN, 1)
-    if INT8:
+    acc_ME *= decay_M[:, None]
+    if INT8 and q_ME.dtype == tl.float16:
+        # float16 has no small numbers: this tile is added in units of about the largest of its scales
+        scale_N = tl.load(v_scales + head, inside, 0)
+        unit = _power_of_two(tl.max(scale_N, 0))
+        weights_MN *= (scale_N / unit)[None, :]
+        acc_ME = tl.dot(weights_MN.to(q_ME.dtype), v_NE, acc_ME / unit) * unit
+    elif INT8:
         weights_MN *= tl.load(v_scales + head, inside, 0)[None, :]
-    acc_ME = tl.dot(weights_MN.to(q_ME.dtype), v_NE, acc_ME * decay_M[:, None], input_precision="ieee")
+        acc_ME = tl.dot(weights_MN.to(q_ME.dtype), v_NE, acc_ME, input_precision="ieee")
+    else:
+        acc_ME = tl.dot(weights_MN.to(q_ME.dtype), v_NE, acc_ME, input_precision="ieee")
     return acc_ME, new_M, total_M
 
 
-@triton.jit(do_not_specialize=["window", "num_sequences", "max_items"])
+@triton.jit
+def _power_of_two(x: tl.tensor) -> tl.tensor:
+    """The largest that is not above x, which is not negative, but 2**-64 at least: to multiply by it, or to divide by
+    it what came by such a factor, rounds nothing."""
+    return (tl.maximum(x, 2.0**-64).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("tables", "rows", "starts", "contexts", "table_stride"),
+        *("window", "num_sequences", "max_items"),
+    ]
+)
 def attend_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -225,7 +246,7 @@ def attend_kernel(
         tl.store(partial_lse + row_M, lse_M, real_M)
 
 
-@triton.jit(do_not_specialize=["window", "num_sequences", "max_items"])
+@triton.jit(do_not_specialize=["starts", "contexts", "window", "num_sequences", "max_items"])
 def join_kernel(
     out: tl.tensor,
     partial_out: tl.tensor,

@@ -4,6 +4,7 @@ A program holds whole rows in registers, so that x is read once. The backward pa
 it, and sums the weight's gradient in a fixed order: the same bits in every run.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from rayllm_kernels.gpu.launch import launch_kernel
 from rayllm_kernels.gpu.spec import Spec
 
 MAX_SIZE = 8192  # from there on the backward pass would spill registers
+_NARROWEST = 64  # columns: no model needs the binaries that less would be
 _ELEMENTS = 2048  # of a program, at least: small rows share one
 _PARTIAL_ROWS = 264  # two programs for each of an H100's processors: rows of the weight's partial gradients
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x: tl.tensor,
     residual: tl.tensor,
@@ -53,7 +55,7 @@ def rms_norm_kernel(
     tl.store(out + dense, (weight_D[None, :] * normed).to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
     x: tl.tensor,
     weight: tl.tensor,
@@ -93,7 +95,7 @@ def rms_norm_backward_kernel(
 
 def norm_tile(size: int) -> dict[str, int]:
     """The compile-time arguments that say which rows and columns a program holds."""
-    block = triton.next_power_of_2(size)
+    block = max(triton.next_power_of_2(size), _NARROWEST)
     return {"SIZE": size, "BLOCK_D": block, "ROWS": max(1, _ELEMENTS // block)}
 
 
@@ -101,6 +103,11 @@ def norm_warps(size: int) -> int:
     """A thread's part of a row is 16 elements."""
     warps: int = max(4, triton.next_power_of_2(size) // 512)
     return warps
+
+
+def backward_warps(size: int) -> int:
+    """With four warps, rows of 512 of float32 spill."""
+    return max(8, norm_warps(size))
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -176,7 +183,7 @@ def rms_norm_backward(
         eps,
         ADD=dsummed is not None,
         **tile,
-        num_warps=norm_warps(size),
+        num_warps=backward_warps(size),
     )
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -230,27 +237,33 @@ def supports_sum(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _spec(size: int, *, add: bool, backward: bool) -> Spec:
+def _spec(size: int, *, dtype: str, add: bool = False, backward: bool = False, heads: int = 1) -> Spec:
     names = ["x", "weight", "dout", "dx"] if backward else ["x", "weight", "out"]
     optional = ["dsummed"] if backward else ["residual", "summed"]
-    pointers = dict.fromkeys([*names, *(optional if add else [])], "*bf16") | ({"dweight": "*fp32"} if backward else {})
+    pointers = dict.fromkeys([*names, *(optional if add else [])], f"*{dtype}")
+    pointers |= {"dweight": "*fp32"} if backward else {}
     integers = {"rows": "i32"} if backward else {"rows": "i32", "pitch": "i32"}
     absent: dict[str, object] = {} if add else dict.fromkeys(optional)
-    constexprs = absent | norm_tile(size) | {"ADD": add} | ({} if backward else {"HEADS": 1})
+    constexprs = absent | norm_tile(size) | {"ADD": add} | ({} if backward else {"HEADS": heads})
+    side_by_side = f" of {heads} heads" if heads > 1 else ""
     return Spec(
-        name=f"{'add_' if add else ''}rms_norm{' backward' if backward else ''} D{size}",
+        name=f"{'add_' if add else ''}rms_norm{' backward' if backward else ''} D{size} {dtype}{side_by_side}",
         kernel=rms_norm_backward_kernel if backward else rms_norm_kernel,
         signature=pointers | integers | {"eps": "fp32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*pointers, *(["pitch"] if "pitch" in integers else [])),
-        num_warps=norm_warps(size),
+        num_warps=backward_warps(size) if backward else norm_warps(size),
         num_stages=3,
         expects=frozenset(),
     )
 
 
+# Every tile, filled and not
+SIZES = [size for block in (64, 128, 256, 512, 1024, 2048, 4096, MAX_SIZE) for size in (block * 3 // 4, block)]
 SPECS = [
-    _spec(128, add=False, backward=False),
-    _spec(128, add=False, backward=True),
-    *(_spec(size, add=True, backward=backward) for size in (576, 4096, MAX_SIZE) for backward in (False, True)),
+    *(
+        _spec(size, dtype=dtype, add=add, backward=backward)
+        for size, dtype, add, backward in product(SIZES, ("bf16", "fp16", "fp32"), (False, True), (False, True))
+    ),
+    *(_spec(128, dtype="bf16", heads=heads) for heads in (3, 32)),
 ]

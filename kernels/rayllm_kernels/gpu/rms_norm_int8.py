@@ -4,6 +4,8 @@ Tiles and order of summation are those of `rms_norm`, and the rounding is that o
 two one after the other.
 """
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
@@ -12,11 +14,11 @@ from torch import Tensor
 from rayllm_kernels.gpu import rms_norm
 from rayllm_kernels.gpu.int8_linear_kernels import largest_magnitude, to_int8
 from rayllm_kernels.gpu.launch import launch_kernel
-from rayllm_kernels.gpu.rms_norm import MAX_SIZE, norm_tile, norm_warps
+from rayllm_kernels.gpu.rms_norm import norm_tile, norm_warps
 from rayllm_kernels.gpu.spec import Spec
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_int8_kernel(
     x: tl.tensor,
     residual: tl.tensor,
@@ -107,13 +109,13 @@ def supports_sum(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
     return x.ndim == 2 and rms_norm.supports_sum(x, residual, weight)
 
 
-def _spec(size: int, *, add: bool) -> Spec:
-    pointers = dict.fromkeys(("x", "weight", *(("residual", "summed") if add else ())), "*bf16")
+def _spec(size: int, *, dtype: str, add: bool) -> Spec:
+    pointers = dict.fromkeys(("x", "weight", *(("residual", "summed") if add else ())), f"*{dtype}")
     pointers |= {"q": "*i8", "scales": "*fp32"}
     absent: dict[str, object] = {} if add else {"residual": None, "summed": None}
     constexprs = absent | norm_tile(size) | {"ADD": add}
     return Spec(
-        name=f"{'add_' if add else ''}rms_norm_int8 D{size}",
+        name=f"{'add_' if add else ''}rms_norm_int8 D{size} {dtype}",
         kernel=rms_norm_int8_kernel,
         signature=pointers | {"rows": "i32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
@@ -124,4 +126,7 @@ def _spec(size: int, *, add: bool) -> Spec:
     )
 
 
-SPECS = [_spec(576, add=False), *(_spec(size, add=True) for size in (576, 4096, MAX_SIZE))]
+SPECS = [
+    _spec(size, dtype=dtype, add=add)
+    for size, dtype, add in product(rms_norm.SIZES, ("bf16", "fp16", "fp32"), (False, True))
+]

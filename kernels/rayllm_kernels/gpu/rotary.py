@@ -141,12 +141,12 @@ def supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )
 
 
-def _spec(heads: int, kv_heads: int, head_dim: int, *, inverse: bool = False) -> Spec:
-    pointers = dict.fromkeys(("q", "k", "q_out", "k_out", "cos", "sin"), "*bf16")
+def _spec(heads: int, kv_heads: int, head_dim: int, *, dtype: str, inverse: bool) -> Spec:
+    pointers = dict.fromkeys(("q", "k", "q_out", "k_out", "cos", "sin"), f"*{dtype}")
     pitches = dict.fromkeys(("q_pitch", "k_pitch"), "i32")
     constexprs: dict[str, object] = {**head_tiles(heads, kv_heads, head_dim), "INVERSE": inverse}
     return Spec(
-        name=f"rotary {heads} and {kv_heads} x E{head_dim}{' backward' if inverse else ''}",
+        name=f"rotary {heads} and {kv_heads} x E{head_dim} {dtype}{' backward' if inverse else ''}",
         kernel=rotary_kernel,
         signature=pointers | pitches | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
@@ -157,4 +157,11 @@ def _spec(heads: int, kv_heads: int, head_dim: int, *, inverse: bool = False) ->
     )
 
 
-SPECS = [_spec(9, 3, 64), _spec(32, 8, 128), _spec(32, 8, 128, inverse=True), _spec(64, 8, 128), _spec(16, 16, 80)]
+# The most that a thread holds is what 128 heads of 128 give it: the largest models, on one rank
+LAYOUTS = ((9, 3, 64), (32, 8, 128), (128, 8, 128), (40, 40, 128), (16, 16, 256), (32, 32, 80))
+SPECS = [
+    _spec(*layout, dtype=dtype, inverse=inverse)
+    for layout in LAYOUTS
+    for dtype in ("bf16", "fp16", "fp32")
+    for inverse in (False, True)
+]

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rayllm_kernels.gpu.launch import launch_kernel
-from rayllm_kernels.gpu.rotary import head_tiles, rotate_heads, warps
+from rayllm_kernels.gpu.rotary import LAYOUTS, head_tiles, rotate_heads, warps
 from rayllm_kernels.gpu.spec import Spec
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def rotary_store_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -84,27 +84,24 @@ def _(
 def supports(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 ) -> bool:
-    """One floating dtype for all but the caches, which have one of their own; heads of a token side by side."""
-    floats = (torch.bfloat16, torch.float16, torch.float32)
+    """One floating dtype for all, as paged attention wants it of the caches; heads of a token side by side."""
     return (
-        q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype
-        and q.dtype in floats
-        and k_cache.dtype == v_cache.dtype
-        and k_cache.dtype in floats
+        q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype == k_cache.dtype == v_cache.dtype
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and q.shape[2] % 2 == 0
         and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (q.shape[2], 1)
         and all(x.is_contiguous() for x in (cos, sin, k_cache, v_cache, slots))
     )
 
 
-def _spec(heads: int, kv_heads: int, head_dim: int) -> Spec:
-    pointers = dict.fromkeys(("q", "k", "v", "q_out", "k_cache", "v_cache", "cos", "sin"), "*bf16") | {"slots": "*i64"}
+def _spec(heads: int, kv_heads: int, head_dim: int, *, dtype: str) -> Spec:
+    pointers = dict.fromkeys(("q", "k", "v", "q_out", "k_cache", "v_cache", "cos", "sin"), f"*{dtype}")
     pitches = dict.fromkeys(("q_pitch", "k_pitch", "v_pitch"), "i32")
     constexprs: dict[str, object] = {**head_tiles(heads, kv_heads, head_dim)}
     return Spec(
-        name=f"rotary_store_kv {heads} and {kv_heads} x E{head_dim}",
+        name=f"rotary_store_kv {heads} and {kv_heads} x E{head_dim} {dtype}",
         kernel=rotary_store_kernel,
-        signature=pointers | pitches | dict.fromkeys(constexprs, "constexpr"),
+        signature=pointers | {"slots": "*i64"} | pitches | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*pointers, *pitches),
         num_warps=warps(heads, head_dim),
@@ -113,4 +110,4 @@ def _spec(heads: int, kv_heads: int, head_dim: int) -> Spec:
     )
 
 
-SPECS = [_spec(9, 3, 64), _spec(32, 8, 128), _spec(64, 8, 128), _spec(16, 16, 80)]
+SPECS = [_spec(*layout, dtype=dtype) for layout in LAYOUTS for dtype in ("bf16", "fp16", "fp32")]

@@ -141,11 +141,11 @@ def supports(gate: Tensor, up: Tensor) -> bool:
     )
 
 
-def _spec(name: str, kernel: Any, pointers: tuple[str, ...]) -> Spec:
+def _spec(name: str, kernel: Any, pointers: tuple[str, ...], dtype: str) -> Spec:
     integers = ("gate_pitch", "up_pitch", "size")
-    signature = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(integers, "i32") | {"BLOCK": "constexpr"}
+    signature = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(integers, "i32") | {"BLOCK": "constexpr"}
     return Spec(
-        name=name,
+        name=f"{name} {dtype}",
         kernel=kernel,
         signature=signature,
         constexprs={"BLOCK": _BLOCK},
@@ -157,6 +157,10 @@ def _spec(name: str, kernel: Any, pointers: tuple[str, ...]) -> Spec:
 
 
 SPECS = [
-    _spec("silu_mul", silu_mul_kernel, ("gate", "up", "out")),
-    _spec("silu_mul backward", silu_mul_backward_kernel, ("gate", "up", "dout", "dgate", "dup")),
+    spec
+    for dtype in ("bf16", "fp16", "fp32")
+    for spec in (
+        _spec("silu_mul", silu_mul_kernel, ("gate", "up", "out"), dtype),
+        _spec("silu_mul backward", silu_mul_backward_kernel, ("gate", "up", "dout", "dgate", "dup"), dtype),
+    )
 ]

@@ -37,7 +37,7 @@ def _store_token(
     tl.store(cache + slot * (KV_HEADS * HEAD_DIM) + element, x_KE.to(cache.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def store_kernel(
     k: tl.tensor,
     v: tl.tensor,
@@ -121,27 +121,28 @@ def supports(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     )
 
 
-def _spec(name: str, kv_heads: int, head_dim: int, *, int8: bool = False) -> Spec:
-    cache, scales = ("*i8", "*fp32") if int8 else ("*bf16", "constexpr")
-    pointers = {"k": "*bf16", "v": "*bf16", "k_cache": cache, "v_cache": cache, "k_scales": scales, "v_scales": scales}
-    pointers["slots"] = "*i64"
+def _spec(kv_heads: int, head_dim: int, *, dtype: str, cache: str) -> Spec:
+    int8 = cache == "i8"
+    caches, scales = f"*{cache}", "*fp32" if int8 else "constexpr"
+    pointers = dict.fromkeys(("k", "v"), f"*{dtype}") | dict.fromkeys(("k_cache", "v_cache"), caches)
+    pointers |= dict.fromkeys(("k_scales", "v_scales"), scales)
     strides = dict.fromkeys(("k_token_stride", "v_token_stride"), "i32")
     constexprs = _constexprs(kv_heads, head_dim, int8=int8) | ({} if int8 else {"k_scales": None, "v_scales": None})
     return Spec(
-        name=f"store_kv {name}",
+        name=f"store_kv {kv_heads} x E{head_dim} {dtype} to {cache}",
         kernel=store_kernel,
-        signature=pointers | strides | dict.fromkeys(constexprs, "constexpr"),
+        signature=pointers | {"slots": "*i64"} | strides | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=(*(name for name in pointers if name not in constexprs), *strides),
         num_warps=_NUM_WARPS,
-        num_stages=1,
+        num_stages=3,  # what a launch that names none gets
         expects=frozenset(),
     )
 
 
 SPECS = [
-    _spec("8 x E128", 8, 128),
-    _spec("8 x E128 int8", 8, 128, int8=True),
-    _spec("3 x E64 int8", 3, 64, int8=True),
-    _spec("4 x E256 int8", 4, 256, int8=True),
+    _spec(kv_heads, head_dim, dtype=dtype, cache=cache)
+    for kv_heads, head_dim in ((3, 64), (8, 128), (40, 128), (16, 256), (32, 80))
+    for dtype in ("bf16", "fp16", "fp32")
+    for cache in ("bf16", "fp16", "fp32", "i8")
 ]

@@ -6,13 +6,25 @@ import torch
 from rayllm_kernels import quantize_rows, quantize_rows_reference, row_bounds, w8a8_linear, w8a16_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DTYPES = [torch.bfloat16, torch.float16]
+# Results are rounded once, to 8 or 11 bits; float16 rounds the bfloat16 weights of outlier columns below 2**-14 too
+EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = [(1, 96, 576), (16, 4096, 4096), (33, 1056, 640), (64, 256, 1024), (200, 320, 1536), (1024, 4096, 4096)]
 
 
 @pytest.mark.parametrize(("rows", "outputs", "length"), SHAPES)
 @pytest.mark.parametrize("count", [0, 5, 40])
 @pytest.mark.parametrize("choice", [0, 1, 2])
-def test_w8a8(rows: int, outputs: int, length: int, count: int, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_w8a8(
+    rows: int,
+    outputs: int,
+    length: int,
+    count: int,
+    choice: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from rayllm_kernels.gpu import int8_linear as gpu
 
     monkeypatch.setattr(
@@ -21,9 +33,9 @@ def test_w8a8(rows: int, outputs: int, length: int, count: int, choice: int, mon
         lambda table, rows: next(tiles[min(choice, len(tiles) - 1)] for most, tiles in table.items() if rows <= most),
     )
     torch.manual_seed(rows)
-    x = torch.randn(rows, length, device="cuda").bfloat16()
+    x = torch.randn(rows, length, device="cuda").to(dtype)
     weight = torch.randint(-127, 128, (outputs, length), dtype=torch.int8, device="cuda")
-    scale, bias = torch.rand(outputs, 1, device="cuda") / 100, torch.randn(outputs, device="cuda").bfloat16()
+    scale, bias = torch.rand(outputs, 1, device="cuda") / 100, torch.randn(outputs, device="cuda").to(dtype)
     columns = torch.randperm(length, device="cuda")[:count].int()
     outlier_weight = torch.randn(count, outputs, device="cuda").bfloat16().t()
     x[:, columns.long()] *= 30
@@ -31,22 +43,27 @@ def test_w8a8(rows: int, outputs: int, length: int, count: int, choice: int, mon
     q, x_scale = quantize_rows_reference(x.index_fill(1, columns.long(), 0))
     exact = (q.double() @ weight.double().T) * x_scale.double() * scale.double().T
     exact += x[:, columns.long()].double() @ outlier_weight.double().T + bias.double()
-    torch.testing.assert_close(result.double(), exact, rtol=2**-8, atol=1e-3)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), exact, rtol=EPS[dtype], atol=1e-3)
 
 
 @pytest.mark.parametrize(("rows", "outputs", "length"), SHAPES)
-def test_w8a16(rows: int, outputs: int, length: int) -> None:
-    x = torch.randn(rows, length, device="cuda").bfloat16()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_w8a16(rows: int, outputs: int, length: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, length, device="cuda").to(dtype)
     weight = torch.randint(-127, 128, (outputs, length), dtype=torch.int8, device="cuda")
-    scale, bias = torch.rand(outputs, 1, device="cuda") / 100, torch.randn(outputs, device="cuda").bfloat16()
+    scale, bias = torch.rand(outputs, 1, device="cuda") / 100, torch.randn(outputs, device="cuda").to(dtype)
     exact = (x.double() @ weight.double().T) * scale.double().T + bias.double()
     result = w8a16_linear(x, weight, scale, bias)
-    torch.testing.assert_close(result.double(), exact, rtol=2**-8, atol=1e-3)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), exact, rtol=EPS[dtype], atol=1e-3)
     assert torch.equal(result, w8a16_linear(x, weight, scale, bias))
 
 
-def test_quantize_rows() -> None:
-    x = torch.randn(100, 4096, device="cuda").bfloat16()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("length", [576, 4096, 65536])
+def test_quantize_rows(length: int, dtype: torch.dtype) -> None:
+    x = torch.randn(100, length, device="cuda").to(dtype)
     q, scale = quantize_rows(x)
     expected_q, expected_scale = quantize_rows_reference(x)
     torch.testing.assert_close(scale, expected_scale, rtol=2**-22, atol=0)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rayllm_kernels.gpu import flash_attention
 from rayllm_kernels.gpu.flash_attention import Pattern, attend, backward, forward
 from rayllm_kernels.gpu.flash_attention_configs import BACKWARD_KV, FORWARD, Tiling, tiling
 from tests.kernels.flash_cases import RAGGED, Answers, Case, by_softmax, check, dense, make_case
@@ -118,6 +120,39 @@ def test_views_of_a_fused_projection() -> None:
     case.dout = case.dout.transpose(0, 1).contiguous().transpose(0, 1)
     for result, right in zip(run(case, DESCRIPTORS), expected, strict=True):
         assert torch.equal(result, right)
+
+
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[TensorDescriptor]:
+    """Those that are made, each held to what the driver asks for (CUDA's `cuTensorMapEncodeTiled`)."""
+    made = []
+
+    def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+        assert x.data_ptr() % 16 == 0
+        for size, stride, outer in zip(shape[1:], strides[1:], strides[:-1], strict=True):
+            assert outer * x.element_size() % 16 == 0
+            assert outer >= size * stride
+        made.append(TensorDescriptor(x, shape, strides, block))
+        return made[-1]
+
+    monkeypatch.setattr(flash_attention, "TensorDescriptor", describe)
+    return made
+
+
+@pytest.mark.parametrize("how", ["one row for all", "one token of that", "one head for all", "not aligned"])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_what_no_descriptor_takes_is_copied(how: str, head_dim: int, descriptors: list[TensorDescriptor]) -> None:
+    tokens = 1 if how == "one token of that" else 20
+    case = make_case([(tokens, tokens)], heads=2, kv_heads=2, head_dim=head_dim, dtype=torch.float16, pads=0)
+    rows = case.dout.shape[0]
+    if how == "one head for all":
+        case.dout = case.dout[:, :1].expand(-1, 2, -1)
+    elif how == "not aligned":
+        case.dout = torch.cat((case.dout.new_zeros(1), case.dout.flatten()))[1:].view(rows, 2, head_dim)
+    else:
+        case.dout = case.dout[:1].expand(40, -1, -1)[:rows]
+    check_all(case, DESCRIPTORS)
+    assert len(descriptors) == 3 + 2 * 4
 
 
 def test_gradients_are_those_of_the_result() -> None:

@@ -25,7 +25,7 @@ def make(rows: int, outputs: int, length: int, dtype: torch.dtype) -> tuple[Tens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 50, 128])
+@pytest.mark.parametrize("length", [1, 50, 128, gpu.LONGEST + 50])
 def test_quantize_rows(dtype: torch.dtype, length: int) -> None:
     x = make(5, 1, length, dtype)[0]
     x[2] = 0
@@ -35,14 +35,16 @@ def test_quantize_rows(dtype: torch.dtype, length: int) -> None:
     torch.testing.assert_close(scale, expected_scale, rtol=2**-23, atol=0)
     assert kept.shape == (5, 0)
     if length > 3:
-        columns = torch.tensor([length - 1, 0, 3], dtype=torch.int32)
+        columns = torch.tensor([length - 1, 0, 3, *range(4, 44)], dtype=torch.int32)
         x[:, columns] *= 30
         q, scale, kept = gpu.quantize_rows(x, columns, None)
         rest = x.index_fill(1, columns.long(), 0)
         assert torch.equal(q, quantize_rows_reference(rest)[0])
         assert torch.equal(kept, x[:, columns])
-    x[1, 0] = torch.nan
-    assert gpu.quantize_rows(x, None, None)[1].isnan().squeeze().tolist() == [False, True, False, False, False]
+        assert torch.equal(gpu.row_bounds(x, columns), row_bounds_reference(x, columns))
+    x[1, 0] = x[3, length - 1] = torch.nan
+    assert gpu.quantize_rows(x, None, None)[1].isnan().squeeze().tolist() == [False, True, False, True, False]
+    assert gpu.row_bounds(x, None).isnan().squeeze().tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,11 +111,11 @@ def test_a_part_of_wider_rows(product: Callable[..., Tensor], monkeypatch: pytes
 
 def test_rows_past_the_end_are_not_written() -> None:
     x, weight, scale, _ = make(3, 32, 64, torch.float32)
-    q, x_scale, kept = gpu.quantize_rows(x, None, None)
+    q, x_scale, _ = gpu.quantize_rows(x, None, None)
     whole = torch.full((5, 32), torch.nan)
     gpu.w8a8_kernel[(1,)](
-        q, weight, x_scale, scale, whole, kept, whole, whole, 3, 32, 64, 0,
-        BLOCK_T=16, BLOCK_N=32, BLOCK_K=64, BLOCK_J=0, GROUP=8, WHOLE_K=True, HAS_BIAS=False,
+        q, weight, x_scale, scale, None, None, None, whole, 3, 32, 64, 0,
+        BLOCK_T=16, BLOCK_N=32, BLOCK_K=64, BLOCK_J=32, GROUP=8, WHOLE_K=True, OUTLIERS=False, HAS_BIAS=False,
     )  # fmt: skip
     assert whole[:3].isfinite().all()
     assert whole[3:].isnan().all()

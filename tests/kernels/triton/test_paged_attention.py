@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayllm_kernels.gpu import paged_attention as op
 from rayllm_kernels.gpu.split_work import Bounds, find_work
-from tests.kernels.paged_cases import PagedCase, make_case
+from tests.kernels.paged_cases import PagedCase, dense_attention, make_case
 
 DECODE = op.Config(block_m=16, tile=16, num_warps=4, num_stages=1, min_tiles=1, programs_per_sm=1)
 PREFILL = dataclasses.replace(DECODE, block_m=32, whole_tiles=True)
@@ -57,6 +57,30 @@ def test_dtypes(lengths: list[tuple[int, int]], dtype: torch.dtype, cache_dtype:
     case.check(attend(case, PREFILL, processors=8))
 
 
+@pytest.mark.parametrize("magnitudes", [[100.0], [1e-4], [1e-6], [1.0, 1e-4], [0.0, 1e-3]])
+@pytest.mark.parametrize("lengths", [(1, 40), (5, 20)], ids=["decode", "prefill"])
+def test_values_of_any_magnitude_in_an_int8_cache(lengths: tuple[int, int], magnitudes: list[float]) -> None:
+    """Of half of the keys one, of the others another: float16 has no normal numbers below 6e-5, scales do."""
+    case = make_case([lengths], heads=2, kv_heads=1, dtype=torch.float16, cache_dtype=torch.int8)
+    assert case.k_scales is not None
+    assert case.v_scales is not None
+    context = lengths[1]
+    page = case.k_cache.shape[1]
+    key = torch.arange(context)
+    slots = case.block_tables_RM[case.rows_B[0], key // page] * page + key % page
+    factors = torch.tensor(magnitudes)[key * len(magnitudes) // context]
+    case.v_scales.flatten(0, 1)[slots] *= factors[:, None]
+    k, v = (
+        cache.flatten(0, 1)[slots].double() * scales.flatten(0, 1)[slots].double()[..., None]
+        for cache, scales in ((case.k_cache, case.k_scales), (case.v_cache, case.v_scales))
+    )
+    exact = dense_attention(case.q_THE.double(), k, v, case.scale, None)
+    out = attend(case, PREFILL, processors=2)
+    # Weights and the result are rounded once each, to 11 bits; of the result the last is 2**-24 where it is subnormal
+    bound = 2 * 2**-11 * dense_attention(case.q_THE.double(), k, v.abs(), case.scale, None) + 2**-25
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
 def test_a_query_wider_than_the_cache() -> None:
     case = make_case(STEPS, dtype=torch.bfloat16, cache_dtype=torch.float32)
     case.check(attend(case, DECODE, processors=8))
@@ -68,6 +92,11 @@ def test_a_query_wider_than_the_cache() -> None:
 def test_head_layouts(lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int) -> None:
     case = make_case(lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     case.check(attend(case, DECODE, processors=8))
+
+
+def test_a_group_that_fills_more_than_a_decode_block() -> None:
+    case = make_case(STEPS[:2], heads=20, kv_heads=1, head_dim=16)
+    case.check(attend(case, DECODE, processors=4))
 
 
 @pytest.mark.parametrize("page", [1, 7, 16, 64])
