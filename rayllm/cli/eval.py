@@ -87,7 +87,7 @@ def run(
     from rayllm.eval.runner import EvalSettings, check_task
 
     settings = EvalSettings(num_fewshot=num_fewshot, limit=limit, seed=seed, allow_code_execution=allow_code_execution)
-    chosen = [find_task(name.strip()) for name in tasks.split(",") if name.strip()]
+    chosen = [find_task(name) for name in dict.fromkeys(map(str.strip, tasks.split(","))) if name]
     if not chosen:
         raise ConfigError("--tasks: names no task")
     if (model is None) == (url is None):

@@ -8,6 +8,7 @@ that is not there, or that lacks a column, is an error that says how to get it.
 import gzip
 import importlib.util
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def read_rows(path: Path) -> Iterable[object]:
             return _arrow_rows(path)
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return _documents([json.loads(line) for line in content.splitlines() if line.strip()])
-    except (pa.ArrowInvalid, ValueError, EOFError, OSError) as error:
+    except (pa.ArrowException, zlib.error, ValueError, EOFError, OSError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 

@@ -101,6 +101,11 @@ class GrpcBackend:
                 if attempt == _MAX_TRIES:
                     raise
                 time.sleep(min(error.retry_after_s, 30.0) * attempt)
+        if generation.weight_version != self.weight_version:
+            raise RayLLMError(
+                f"{self.model}: the endpoint's weights have changed from {self.weight_version} to "
+                f"{generation.weight_version} while they were evaluated; start again, in another --output"
+            )
         with self._lock:
             self._prompt_tokens += generation.usage.prompt
             self._cached_tokens += generation.usage.cached

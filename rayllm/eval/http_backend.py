@@ -7,11 +7,12 @@ begins at the continuation's first character or later is the continuation.
 Some servers leave the stop string in the text or know but a few: texts are cut here as well.
 """
 
+import contextlib
 import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -56,17 +57,18 @@ class HttpBackend:
         try:
             served = self._send("GET", "/v1/models")["data"][0]
             self.model = str(served["id"])
-        except (LookupError, TypeError):
+            self.weight_version: str | None = served.get("system_fingerprint")
+        except (LookupError, TypeError, AttributeError):
             raise RayLLMError(f"{url}: lists no models; is this an OpenAI-compatible server?") from None
-        self.weight_version: str | None = served.get("system_fingerprint")
         self._lock = threading.Lock()  # for the counters
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._spans: SpanMaker | None = None
         if served.get("owned_by") == "rayllm":
-            self._tokenizer = _RemoteTokenizer(self, served)
-            # The last token of a continuation is sent too, and the server adds one of its own.
-            self._spans = SpanMaker(self._tokenizer, int(served["max_model_len"]) - 2)
+            with self._understood():
+                self._tokenizer = _RemoteTokenizer(self, served)
+                # The last token of a continuation is sent too, and the server adds one of its own.
+                self._spans = SpanMaker(self._tokenizer, int(served["max_model_len"]) - 2)
 
     @property
     def usage(self) -> Usage | None:
@@ -76,11 +78,12 @@ class HttpBackend:
 
     def run(self, requests: Sequence[Request], seeds: Sequence[int], on_response: OnResponse) -> None:
         with ThreadPoolExecutor(_CONCURRENCY) as pool:
-            spans = {
-                index: self._spans.spans(request)
-                for index, request in enumerate(requests)
-                if self._spans is not None and not isinstance(request, Generate)
-            }
+            with self._understood():
+                spans = {
+                    index: self._spans.spans(request)
+                    for index, request in enumerate(requests)
+                    if self._spans is not None and not isinstance(request, Generate)
+                }
             futures = {
                 pool.submit(self._answer, request, seed, spans.get(index)): index
                 for index, (request, seed) in enumerate(zip(requests, seeds, strict=True))
@@ -98,7 +101,23 @@ class HttpBackend:
         """Tries again while the server says that it is busy."""
         return self._send("POST", path, {"model": self.model, **body})
 
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What answers hold is not checked piece by piece: whatever cannot be worked with is the endpoint's fault."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+            what = f"{type(error).__name__}: {error}"[:300]
+            raise RayLLMError(f"{self._url}: gives an answer that cannot be understood ({what})") from error
+
     def _answer(self, request: Request, seed: int, spans: Sequence[Span] | None) -> Response:
+        with self._understood():
+            response = self._asked(request, seed, spans)
+            if isinstance(response, Likelihood) and math.isnan(response.logprob):
+                raise ValueError("a log-probability is no number")
+            return response
+
+    def _asked(self, request: Request, seed: int, spans: Sequence[Span] | None) -> Response:
         if isinstance(request, Generate):
             return self._generate(request, seed)
         if spans is not None:
@@ -182,21 +201,27 @@ class HttpBackend:
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise RayLLMError(f"{self._url}: answered without choices: {str(answer)[:300]}")
+        answered_by = answer.get("system_fingerprint")
+        if self._spans is not None and answered_by != self.weight_version:
+            raise RayLLMError(
+                f"{self._url}: its weights have changed from {self.weight_version} to {answered_by} while they were "
+                "evaluated; start again, in another --output"
+            )
         usage = answer.get("usage") or {}
         with self._lock:
-            self._prompt_tokens += usage.get("prompt_tokens", 0)
-            self._cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+            self._prompt_tokens += usage.get("prompt_tokens") or 0
+            self._cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return sorted(choices, key=lambda choice: int(choice["index"]))
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        for attempt in range(_MAX_TRIES):
+        for attempt in range(1, _MAX_TRIES + 1):
             try:
                 response = self._client.request(method, path, json=body)
             except httpx.HTTPError as error:
                 raise EngineUnavailableError(f"{self._url}: {str(error) or type(error).__name__}") from None
-            if response.status_code not in (429, 503):
+            if response.status_code not in (429, 503) or attempt == _MAX_TRIES:
                 break
-            time.sleep(_retry_after_s(response.headers.get("retry-after", "")) * (attempt + 1))
+            time.sleep(_retry_after_s(response.headers.get("retry-after", "")) * attempt)
         if response.status_code >= 400:
             raise RayLLMError(f"{self._url}{path} answered {response.status_code}: {response.text[:300]}")
         try:

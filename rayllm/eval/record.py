@@ -94,6 +94,19 @@ def score_of(row: dict[str, Any]) -> Score:
     return Score(values=dict(row["scores"]), extracted=row["extracted"])
 
 
+def is_asked_by(row: dict[str, Any], requests: Sequence[Request]) -> bool:
+    """Whether a row as pyarrow reads it back answers these requests."""
+    expected = [asked for request in requests for asked in _asked(request)]
+    return expected == [(response["prompt"], response["continuation"]) for response in row["responses"]]
+
+
+def _asked(request: Request) -> list[tuple[str, str | None]]:
+    """Prompt and continuation of each of its responses."""
+    if isinstance(request, Generate):
+        return [(_written_after(request), None)] * request.n
+    return [_scored_text(request)]
+
+
 def _response_rows(request: Request, response: Response) -> list[dict[str, Any]]:
     if isinstance(response, Likelihood):
         assert not isinstance(request, Generate)
@@ -110,9 +123,13 @@ def _response_rows(request: Request, response: Response) -> list[dict[str, Any]]
         ]
     assert isinstance(request, Generate)
     assert isinstance(response, Generated)
-    prompt = request.prompt if isinstance(request.prompt, str) else json.dumps(request.prompt, ensure_ascii=False)
     empty = {"continuation": None, "logprob": None, "num_tokens": None, "is_greedy": None}
-    return [{"prompt": prompt + request.prefix, **empty, "text": text} for text in response.texts]
+    return [{"prompt": _written_after(request), **empty, "text": text} for text in response.texts]
+
+
+def _written_after(request: Generate) -> str:
+    prompt = request.prompt if isinstance(request.prompt, str) else json.dumps(request.prompt, ensure_ascii=False)
+    return prompt + request.prefix
 
 
 def _scored_text(request: Loglikelihood | RollingLoglikelihood) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 from rayllm.core.errors import ConfigError, DataError
 from rayllm.eval.backend import Backend
 from rayllm.eval.data import Data
-from rayllm.eval.record import RunInfo, make_row, score_of
+from rayllm.eval.record import RunInfo, is_asked_by, make_row, score_of
 from rayllm.eval.samples import SampleStore
 from rayllm.eval.task import Document, Metric, Request, Response, Score, Scored, ShotOrder, Task, choose_shots
 
@@ -86,13 +86,12 @@ def check_task(task: Task, data: Data, settings: EvalSettings) -> None:
     documents = _first_of_each_subject(task.documents(data), settings.limit)
     pool = _shot_pool(task, documents, data, _num_fewshot(task, settings))
     for document in documents:
-        _check_row(task, document, task.target)
-        _check_row(task, document, task.question)
+        _check_row(task, document, task.try_out)
     for shot in chain.from_iterable(pool.values()):
         _check_row(task, shot, task.example)
 
 
-def _check_row(task: Task, document: Document, make: Callable[[Document], str]) -> None:
+def _check_row(task: Task, document: Document, make: Callable[[Document], object]) -> None:
     """DataError where the row's columns hold what the task can make no use of: an answer among four that is the 7th."""
     try:
         make(document)
@@ -119,7 +118,7 @@ def run_task(
     num_fewshot = _num_fewshot(task, settings)
     items = _items(task, documents, data, num_fewshot, settings.seed)
     store = SampleStore(output, task.name, on_flush)
-    scores = _scores_so_far(store, task, documents)
+    scores = _scores_so_far(store, task, items)
     missing = [item for item in items if _key(item.document) not in scores]
     info = RunInfo(
         model=backend.model, weight_version=backend.weight_version, num_fewshot=num_fewshot, seed=settings.seed
@@ -222,13 +221,15 @@ def _items(task: Task, documents: Sequence[Document], data: Data, num_fewshot: i
     ]
 
 
-def _scores_so_far(store: SampleStore, task: Task, documents: Sequence[Document]) -> dict[_Key, Score]:
-    """Raises ConfigError where the rows are not of this task as it is now and of these documents."""
+def _scores_so_far(store: SampleStore, task: Task, items: Sequence[_Item]) -> dict[_Key, Score]:
+    """Raises ConfigError where the rows are not of this task as it is now and of these documents and shots."""
     scores: dict[_Key, Score] = {}
-    targets = {_key(document): task.target(document) for document in documents}
+    by_key = {_key(item.document): item for item in items}
     for row in store.rows():
         key = (row["subject"], row["index"])
-        if row["task_version"] != task.version or row["target"] != targets.get(key, row["target"]):
+        item = by_key.get(key)
+        same = item is None or (row["target"] == task.target(item.document) and is_asked_by(row, item.requests))
+        if row["task_version"] != task.version or not same:
             raise ConfigError(
                 f"the output folder holds samples of {task.name} that another version of it, or other data, has given; "
                 "choose another --output"

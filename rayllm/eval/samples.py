@@ -68,7 +68,8 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
     """Makes the folder that of this run. ConfigError if it holds another, and says in what they differ."""
     path = directory / "run.json"
     if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = _read_json(path)
+        _earlier_tasks(directory)  # if they cannot be read, this is said before anything is run
         differing = [
             f"{name}: {earlier.get(name)!r} there, {value!r} here"
             for name, value in run.items()
@@ -77,15 +78,17 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
         if differing:
             raise ConfigError(f"{directory}: holds another run ({'; '.join(differing)}); choose another --output")
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_json(path, run)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_json(path, run)
+    except OSError as error:
+        raise ConfigError(f"--output {directory}: cannot be written to ({error.strerror})") from error
 
 
 def read_spent(directory: Path) -> dict[str, Any]:
     """Empty before the first rows."""
     path = directory / "spent.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return _read_json(path) if path.is_file() else {}
 
 
 def write_spent(directory: Path, spent: Mapping[str, Any]) -> None:
@@ -94,9 +97,25 @@ def write_spent(directory: Path, spent: Mapping[str, Any]) -> None:
 
 def write_results(directory: Path, report: Mapping[str, Any]) -> None:
     """Adds this run's tasks to those that the folder has results of already."""
+    _write_json(directory / "results.json", {**report, "tasks": {**_earlier_tasks(directory), **report["tasks"]}})
+
+
+def _earlier_tasks(directory: Path) -> dict[str, Any]:
     path = directory / "results.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
-    _write_json(path, {**report, "tasks": {**earlier, **report["tasks"]}})
+    tasks = _read_json(path).get("tasks") if path.is_file() else {}
+    if not isinstance(tasks, dict):
+        raise DataError(f"{path}: is not what `rayllm eval` writes; delete it, the samples are kept beside it")
+    return tasks
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete it, or choose another --output") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is not what `rayllm eval` writes; delete it, or choose another --output")
+    return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -107,8 +126,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        return list(pq.read_table(path).to_pylist())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to run its part again"
-        ) from error
+        table = pq.read_table(path)
+        if table.schema.names != SCHEMA.names:
+            raise ValueError("its columns are not those of samples")
+        return list(table.cast(SCHEMA).to_pylist())
+    except (pa.ArrowException, ValueError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({reason}); delete it to run its part again") from error

@@ -182,6 +182,12 @@ class Task(ABC):
     def prompt(self, document: Document, shots: Sequence[Document]) -> str:
         return self.description(document) + "".join(map(self.example, shots)) + self.question(document)
 
+    def try_out(self, document: Document) -> None:
+        """Makes of the document all that a run does before the model answers. Raises LookupError, TypeError, ValueError
+        or AttributeError where its columns hold what the task can make no use of."""
+        self.target(document)
+        self.requests(document, self.question(document))
+
     def reward(self, document: Document, text: str, *, allow_code_execution: bool = False) -> float:
         """What `text` is worth as the answer to `question`. See `check_permission`."""
         self.check_permission(allow_code_execution=allow_code_execution)

@@ -144,6 +144,14 @@ async def test_a_full_server_is_asked_again(server, local_511, monkeypatch):
     backend.close()
 
 
+async def test_weights_that_change_meanwhile_end_the_run(server):
+    backend = await asyncio.to_thread(GrpcBackend, f"grpc://{server.grpc_address}")
+    backend.weight_version = "w-before"
+    with pytest.raises(RayLLMError, match=f"have changed from w-before to {server.weights} while they were evaluated"):
+        await asyncio.to_thread(backend.run, [Generate(prompt="x")], [0], lambda index, response: None)
+    backend.close()
+
+
 async def test_no_grpc_endpoint_there(server):
     with pytest.raises(EngineUnavailableError, match=r"^grpc://127\.0\.0\.1:1: "):
         GrpcBackend("grpc://127.0.0.1:1")

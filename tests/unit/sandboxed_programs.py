@@ -177,6 +177,17 @@ HOSTILE = {
         def add(a, b):
             return 'x' * (100 << 20)
     """,
+    "an answer that cannot be read": """
+        import json, os, struct
+        data = json.dumps(["value", {"x" * (60 << 20): 1}]).encode()
+        data = struct.pack(">I", len(data)) + data
+        for fd in range(3, 256):
+            try:
+                while data:
+                    data = data[os.write(fd, data):]
+            except OSError:
+                pass
+    """,
     "equal to everything": """
         class Any:
             def __eq__(self, other):
@@ -390,6 +401,27 @@ HOSTILE = {
             f.write(bytes(1 << 20))
         def add(a, b):
             return a + b
+    """,
+    "many files": """
+        import time
+        for i in range(8):
+            with open(str(i), 'wb') as file:
+                file.write(bytes(1 << 23))
+        time.sleep(1)
+        def add(a, b):
+            return a + b
+    """,
+    "folders in folders": """
+        import os
+        for _ in range(5000):
+            os.mkdir("d")
+            os.chdir("d")
+        def add(a, b):
+            return a + b
+    """,
+    "many empty files": """
+        for i in range(1 << 20):
+            open(str(i), 'w').close()
     """,
     "closes everything": """
         import os

@@ -105,7 +105,16 @@ def test_a_package(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".jsonl", ".jsonl.gz"])
-@pytest.mark.parametrize("content", [b"not this", b"{'a': 1}\n", b"\x1f\x8b\x08\x00cut"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not this",
+        b"{'a': 1}\n",
+        b"\x1f\x8b\x08\x00cut",
+        pytest.param(b"[" * 200_000, id="deep"),
+        pytest.param(gzip.compress(b"{}\n" * 9)[:12] + b"\xff" * 40, id="flipped"),
+    ],
+)
 def test_damaged_files_are_named(tmp_path, suffix, content):
     path = tmp_path / f"quiz/easy/test{suffix}"
     path.parent.mkdir(parents=True)
@@ -162,6 +171,7 @@ PIQA = {"goal": "To dry", "sol1": "air", "sol2": "soup", "label": 0}
         ({"label": -1}, "IndexError: choice -1 of 2, counted from 0"),
         ({"label": ""}, "ValueError: invalid literal"),
         ({"label": [1]}, "TypeError: "),
+        ({"sol2": 3}, "TypeError: "),  # the wrong choice: no target says so
     ],
 )
 def test_a_row_that_is_none_of_the_tasks_is_named_before_a_model_is_asked(tmp_path, wrong, problem):
@@ -171,6 +181,20 @@ def test_a_row_that_is_none_of_the_tasks_is_named_before_a_model_is_asked(tmp_pa
     with pytest.raises(DataError, match=re.escape(f"validation.jsonl, row 2: is no row of piqa ({problem}")):
         check_task(task, Data(tmp_path), EvalSettings())
     check_task(task, Data(tmp_path), EvalSettings(limit=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("humaneval", {"task_id": "0", "prompt": 3, "test": "", "entry_point": "f"}),
+        ("mbpp", {"text": "", "code": 3, "test_list": [""]}),
+    ],
+)
+def test_a_program_that_is_none_is_named_before_a_model_is_asked(tmp_path, name, row):
+    (tmp_path / "openai_humaneval-test.jsonl").write_text(json.dumps(row))
+    (tmp_path / "full-test.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=rf"-test\.jsonl, row 1: is no row of {name} \(TypeError"):
+        check_task(find_task(name), Data(tmp_path), EvalSettings(allow_code_execution=True))
 
 
 @pytest.mark.parametrize("answer", [0, 5])

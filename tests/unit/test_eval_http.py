@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from rayllm.core.errors import RayLLMError
 from rayllm.eval.http_backend import HttpBackend
-from rayllm.eval.task import Generate, Generated, Response
+from rayllm.eval.task import Generate, Generated, Likelihood, Loglikelihood, Response
 
 UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 CHAT = (("user", "hi"),)
@@ -21,12 +21,13 @@ CHAT = (("user", "hi"),)
 class Handler(BaseHTTPRequestHandler):
     """Answers with `answers` in turn, each a status, headers and a body; the last one again and again."""
 
+    served: ClassVar[dict[str, object]] = {"id": "m"}
     answers: list[tuple[int, dict[str, str], object]]
     bodies: list[dict[str, Any]]
     keys: list[str | None]
 
     def do_GET(self) -> None:
-        self._send(200, {}, {"data": [{"id": "m"}]})
+        self._send(200, {}, {"data": [self.served]})
 
     def do_POST(self) -> None:
         self.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
@@ -95,6 +96,83 @@ def test_answers_without_a_text_are_refused(server: tuple[type[Handler], str], b
         texts_of(url, Generate(prompt="x"))
     assert str(caught.value).startswith(url)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": [{"text": "no index"}]},
+        {"choices": [7]},
+        {"choices": [{"index": "first", "text": ""}]},
+        {"choices": [{"index": 0, "text": ""}], "usage": 5},
+        {"choices": [{"index": 0, "text": ""}], "usage": {"prompt_tokens": "many"}},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_understood_is_told(server: tuple[type[Handler], str], body: object) -> None:
+    handler, url = server
+    handler.answers = [(200, {}, body)]
+    with pytest.raises(RayLLMError, match=f"^{url}: gives an answer that cannot be understood"):
+        texts_of(url, Generate(prompt="x"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_logprobs": [None]},
+        {"token_logprobs": [None, float("nan")]},
+        {"token_logprobs": [None, "low"]},
+        {"top_logprobs": [None, None]},
+        {"top_logprobs": [None, {}]},
+        {"top_logprobs": None},
+        {"text_offset": [0, None]},
+        {"text_offset": 3},
+    ],
+    ids=str,
+)
+def test_log_probabilities_that_are_none(server: tuple[type[Handler], str], changes: dict[str, object]) -> None:
+    handler, url = server
+    fine = {"text_offset": [0, 1], "token_logprobs": [None, -1.5], "top_logprobs": [None, {" b": -1.5}]}
+    request = Loglikelihood(context="a", continuation=" b")
+    found: list[Response] = []
+    for logprobs in (fine, {**fine, **changes}):
+        handler.answers = [(200, {}, {"choices": [{"index": 0, "text": "a b", "logprobs": logprobs}]})]
+        backend = HttpBackend(url)
+        if logprobs is fine:
+            backend.run([request], [0], lambda _, response: found.append(response))
+            assert found == [Likelihood(logprob=-1.5, num_tokens=1, is_greedy=True)]
+        else:
+            with pytest.raises(RayLLMError, match=f"^{url}: gives an answer that cannot be understood"):
+                backend.run([request], [0], lambda _, response: found.append(response))
+        backend.close()
+
+
+def test_weights_that_change_meanwhile_end_the_run(server: tuple[type[Handler], str]) -> None:
+    handler, url = server
+    handler.served = {
+        "id": "m", "owned_by": "rayllm", "system_fingerprint": "w1", "max_model_len": 99,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    first, second = ((200, {}, {**text("fine")[2], "system_fingerprint": version}) for version in ("w1", "w2"))
+    handler.answers = [(200, {}, {"prompt": "<s>"}), first, second]
+    backend = HttpBackend(url)
+    assert backend.weight_version == "w1"
+    backend.run([Generate(prompt="x")], [0], lambda _, response: None)
+    with pytest.raises(RayLLMError, match="its weights have changed from w1 to w2 while they were evaluated"):
+        backend.run([Generate(prompt="x")], [0], lambda _, response: None)
+    backend.close()
+
+
+def test_a_server_that_stays_busy(server: tuple[type[Handler], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times; nobody waits after the last."""
+    handler, url = server
+    waits: list[float] = []
+    monkeypatch.setattr("rayllm.eval.http_backend.time.sleep", waits.append)
+    handler.answers = [(503, {"retry-after": "1"}, {})]
+    with pytest.raises(RayLLMError, match="answered 503"):
+        texts_of(url, Generate(prompt="x"))
+    assert len(handler.bodies) == 8
+    assert waits == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(

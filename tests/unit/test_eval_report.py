@@ -281,7 +281,25 @@ def test_one_run_and_a_task_that_only_one_has(directories: list[Path], tmp_path:
     assert "mmlu" in both.text
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        "{}",
+        '{"tasks": {}}',
+        '{"model": "m", "tasks": []}',
+        '{"model": "m", "tasks": {"mmlu": 1}}',
+        '{"model": "m", "tasks": {"mmlu": {"version": "1"}}}',
+        '{"model": "m", "tasks": {"mmlu": {"version": "1", "num_fewshot": 0, "num_documents": 1, "groups": {}, '
+        '"metrics": {}}}}',
+        '{"model": "m", "tasks": {"mmlu": {"version": "1", "num_fewshot": 0, "num_documents": 1, "groups": {}, '
+        '"metrics": {"acc": {"value": "high", "stderr": null}}}}}',
+        "[" * 100_000,
+    ],
+    ids=lambda content: str(content)[:40],
+)
 def test_a_folder_without_results_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)

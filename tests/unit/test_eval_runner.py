@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,7 +22,7 @@ from rayllm.eval.local_backend import LocalBackend
 from rayllm.eval.registry import find_task
 from rayllm.eval.run import run_tasks
 from rayllm.eval.runner import EvalSettings
-from rayllm.eval.samples import SampleStore, claim, write_results
+from rayllm.eval.samples import SampleStore, claim, read_spent, write_results, write_spent
 from rayllm.eval.task import Document, Generate, Generated, Loglikelihood, Request, Response, Score, Task
 from tests.eval_documents import ANATOMY, PAGES
 from tests.eval_runs import answers, rows, run, write_table
@@ -231,6 +233,52 @@ class TestResume:
         with pytest.raises(ConfigError, match="holds samples of piqa that another version of it, or other data"):
             run("piqa", backend, Data(tmp_path / "other"), tmp_path)
 
+    def test_samples_of_other_questions_with_the_same_answers_are_not_taken_for_these(self, backend, tmp_path):
+        rows = [{"question": f"Q{i}", "choices": ["a", "b", "c", "d"], "answer": 1} for i in range(3)]
+        table = Table(name="cais/mmlu", config="anatomy", split="test", columns=())
+        write_table(tmp_path / "a", table, rows)
+        write_table(tmp_path / "b", table, [*rows[:2], {**rows[2], "question": "Q3"}])
+        run("mmlu_anatomy", backend, Data(tmp_path / "a"), tmp_path)
+        with pytest.raises(ConfigError, match="another version of it, or other data"):
+            run("mmlu_anatomy", backend, Data(tmp_path / "b"), tmp_path)
+        assert run("mmlu_anatomy", backend, Data(tmp_path / "b"), tmp_path, limit=2).num_resumed == 2
+
+    def test_sampled_texts_and_chats_are_known_again(self, backend, data, tmp_path):
+        for name, request in (("a", {}), ("b", {"prompt": (("user", "hi"),), "prefix": "the"})):
+            task = Writing(**request)
+            run(task, backend, data, tmp_path / name)
+            assert run(task, Nobody(), data, tmp_path / name).num_resumed == 3
+
+    @pytest.mark.parametrize(
+        ("name", "read"),
+        [
+            ("run.json", lambda folder: claim(folder, {"model": "a"})),
+            ("results.json", lambda folder: claim(folder, {"model": "a"})),  # before anything is run
+            ("results.json", lambda folder: write_results(folder, {"tasks": {}})),
+            ("spent.json", read_spent),
+        ],
+    )
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": ' * 100_000], ids=lambda content: content[:9])
+    def test_a_damaged_file_is_named(self, tmp_path, name, read, content):
+        claim(tmp_path, {"model": "a"})
+        write_results(tmp_path, {"tasks": {}})
+        write_spent(tmp_path, {})
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=f"{name}: "):
+            read(tmp_path)
+
+    def test_no_folder_can_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        for path in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(ConfigError, match=r"file.*: cannot be written to"):
+                claim(path, {"model": "a"})
+
+    def test_a_table_of_something_else_is_no_shard(self, backend, data, tmp_path):
+        (tmp_path / "samples/piqa").mkdir(parents=True)
+        pq.write_table(pa.table({"subject": [""], "index": [0]}), tmp_path / "samples/piqa/00000.parquet")
+        with pytest.raises(DataError, match=r"00000\.parquet: cannot be read \(its columns are not .* delete it"):
+            run("piqa", backend, data, tmp_path)
+
     def test_a_shard_is_written_when_it_is_full_or_old(self, tmp_path, monkeypatch):
         now = [0.0]
         monkeypatch.setattr("rayllm.eval.samples.time.monotonic", lambda: now[0])
@@ -360,7 +408,7 @@ class Writing(Task):
         return ""
 
     def requests(self, document: Document, prompt: str) -> list[Request]:
-        return [Generate(prompt=prompt, **self._request)]
+        return [Generate(**{"prompt": prompt, **self._request})]
 
     def score(self, document: Document, responses: list[Response]) -> Score:
         (response,) = responses

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -14,7 +16,7 @@ import pytest
 
 from rayllm.core.errors import ConfigError
 from rayllm.eval.sandbox import check as sandbox_check
-from rayllm.eval.sandbox.check import TIMED_OUT, Check, Sandbox
+from rayllm.eval.sandbox.check import TIMED_OUT, TOO_MUCH_WRITTEN, Check, Sandbox
 from rayllm.eval.sandbox.jail import Isolation, Limits
 from rayllm.eval.sandbox.problem import of_prompt, of_solution
 from tests.unit.sandboxed_programs import FINE, HOSTILE
@@ -169,6 +171,43 @@ def test_no_file_of_the_users_is_read(sandbox: Sandbox, tmp_path: Path, mode: in
         assert f() == [True] * 6
     """
     assert run(sandbox, program, tests, "f", "work") is None
+
+
+def test_no_other_socket_is_reached(sandbox: Sandbox) -> None:
+    """A pair of datagram sockets needs no network, and yet sends to whoever listens on this machine, a log say."""
+    name = f"\0rayllm-{os.getpid()}"
+    program = f"""
+        import os, socket
+        def sent(kind):
+            try:
+                one, _ = socket.socketpair(socket.AF_UNIX, kind)
+                return one.sendto(b"x", {name!r})
+            except OSError:
+                return None
+        def work():
+            one, other = socket.socketpair()
+            one.sendall(b"x")
+            return other.recv(1)
+    """
+    tests = """
+        for kind in (2, 3):  # SOCK_DGRAM, and SOCK_RAW, which is the same there; with each of their flags
+            for flags in (0, 0o4000, 0o2000000, 0o2004000):
+                assert sent(kind | flags) is None
+        sent(1), sent(5)  # streams and sequenced packets go to their other end, whatever name is given
+        assert work() == b"x"
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name)
+        listener.setblocking(False)
+        assert run(sandbox, program, tests, "sent", "work") is None
+        with pytest.raises(BlockingIOError):
+            listener.recv(1)
+
+
+def test_a_full_directory_is_said_to(sandbox: Sandbox) -> None:
+    program = HOSTILE["many files"]
+    said = {Isolation.LANDLOCK: TOO_MUCH_WRITTEN, Isolation.NAMESPACES: "the program raised OSError: [Errno 28]"}
+    assert said[sandbox.isolation] in (run(sandbox, program) or "")
 
 
 THREADS = """

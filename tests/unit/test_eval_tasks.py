@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rayllm.core.errors import ConfigError, DataError
@@ -32,6 +33,16 @@ def document(case: Golden) -> Document:
     rows = next(iter(case.splits.values()))
     subject = {"mmlu_anatomy": "anatomy", "kmmlu_law": "Law"}.get(case.task, "")
     return documents_of(rows, subject)[0]
+
+
+def test_an_empty_choice_is_scored_as_lm_eval_does():
+    """It divides by the lengths with numpy: minus infinity, but for a likelihood of exactly 1."""
+    document = Document(index=0, fields={"goal": "", "sol1": "", "sol2": "soup", "label": 1})
+    logprobs = [-3.0, -40.0]
+    with np.errstate(divide="ignore"):
+        best = int(np.argmax(np.array(logprobs) / np.array([0.0, 4.0])))
+    responses = [Likelihood(logprob=logprob, num_tokens=1, is_greedy=False) for logprob in logprobs]
+    assert find_task("piqa").score(document, responses).values == {"acc": 0.0, "acc_norm": float(best == 1)}
 
 
 class TestRegistry:

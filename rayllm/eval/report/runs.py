@@ -15,6 +15,7 @@ Row = dict[str, Any]
 Key = tuple[str, int]  # subject and index of a document
 _SHOWN_ANYWAY = ("model", "weight_version", "seed")
 _OUTCOME = ("tasks", "seconds", "prompt_tokens", "cached_tokens")
+_FIGURE = ("value", "stderr")
 MAX_RUNS = 6  # as many colours as can be told apart
 
 
@@ -60,9 +61,20 @@ def _read(letter: str, directory: Path) -> Run:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(content["model"], str) and all(map(_is_result, content["tasks"].values()))):
+            raise ValueError("something else")
         return Run(letter=letter, directory=directory, info=content, tasks=content["tasks"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: is not what `rayllm eval` writes") from error
+
+
+def _is_result(result: Mapping[str, Any]) -> bool:
+    """Raises LookupError, TypeError or AttributeError for some of what is none."""
+    parts = [result, *result["groups"].values()]
+    figures = [figure for part in parts for figure in part["metrics"].values()]
+    numbers = [part["num_documents"] for part in parts] + [figure[name] for figure in figures for name in _FIGURE]
+    settled = isinstance(result["version"], str) and isinstance(result["num_fewshot"], int)
+    return bool(result["metrics"]) and settled and all(n is None or isinstance(n, int | float) for n in numbers)
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

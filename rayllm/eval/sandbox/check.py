@@ -26,14 +26,16 @@ from rayllm.core.errors import ConfigError
 from rayllm.eval.sandbox import seccomp
 from rayllm.eval.sandbox.jail import Isolation, Limits
 from rayllm.eval.sandbox.judge import ENDED
-from rayllm.eval.sandbox.launcher import JUDGE, OUT_OF_TIME, PROGRAM
+from rayllm.eval.sandbox.launcher import JUDGE, OUT_OF_SPACE, OUT_OF_TIME, PROGRAM
 
 START_LIMIT_S = 60.0
 TIMED_OUT = "timed out"
+TOO_MUCH_WRITTEN = "wrote more than there is room for"
 
 _log = logging.getLogger(__name__)
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 _END_LIMIT_S = 10.0
+_LIMITS_MET = {OUT_OF_TIME: TIMED_OUT, OUT_OF_SPACE: TOO_MUCH_WRITTEN}  # by a launcher's exit status
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,9 +137,9 @@ class Sandbox:
             except TimeoutError:
                 return Verdict(problem=TIMED_OUT)
             except EOFError:
-                return Verdict(problem=_out_of_time(judge) or "the tests did not come to an end")
+                return Verdict(problem=_limit_met(judge) or "the tests did not come to an end")
             if problem == ENDED:
-                problem = _out_of_time(confined) or ENDED
+                problem = _limit_met(confined) or ENDED
             return Verdict(problem=None if problem is None else str(problem))
 
     @contextlib.contextmanager
@@ -203,10 +205,10 @@ class _Lines:
         return value
 
 
-def _out_of_time(launcher: subprocess.Popen[bytes]) -> str | None:
-    """TIMED_OUT if that is why its confined process is no more."""
+def _limit_met(launcher: subprocess.Popen[bytes]) -> str | None:
+    """Because of which its confined process is no more."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return TIMED_OUT if launcher.wait(_END_LIMIT_S) == OUT_OF_TIME else None
+        return _LIMITS_MET.get(launcher.wait(_END_LIMIT_S))
     return None
 
 

@@ -59,7 +59,7 @@ class Program:
         except EOFError:
             raise self._lose(ENDED) from None
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-            raise self._lose(f"the program's answer cannot be read: {error}") from None
+            raise self._lose(f"the program's answer cannot be read: {_describe(error)}") from None
         raise _exception(name, text)
 
     def _lose(self, reason: str) -> _Lost:

@@ -4,6 +4,7 @@ Its order is the first line of stdin, as JSON. When stdin ends after that, so do
 from confining goes to stderr, and then nothing has been run.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -18,11 +19,15 @@ from rayllm.eval.sandbox.program import serve_program
 from rayllm.eval.sandbox.wire import Channel
 
 PROGRAM, JUDGE = "program", "judge"
-OUT_OF_TIME = 72  # the exit status where the confined process used up its processor time
+# The exit status where the confined process used up its processor time, or its directory.
+OUT_OF_TIME, OUT_OF_SPACE = 72, 73
 
 _SPARE_USERS = 1_900_000_000  # above every range that systemd, subuid and directories hand out
 _NOT_CONFINED = 71
 _CLOCK_TICK_S = 0.1  # the limit is kept to the tick, the accounts are exact
+_LOOK_MS = 50  # how often the directory is measured
+_BLOCK_BYTES = 512  # the unit of st_blocks
+_NAME_BYTES = 1 << 14  # even an empty file takes room, and time to be removed
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
     confined = os.fork()
     if confined == 0:
         _be_confined(jail, order)
-    _watch(confined, jail.limits.cpu_s - _CLOCK_TICK_S)
+    _watch(confined, jail)
 
 
 def _be_confined(jail: Jail, order: dict[str, Any]) -> None:
@@ -73,16 +78,33 @@ def _play_judge(channel: Channel, order: dict[str, Any]) -> None:
     os.write(verdict, json.dumps(problem).encode() + b"\n")
 
 
-def _watch(confined: int, cpu_s: float) -> None:
-    """Until the process ends or stdin does. Does not return."""
+def _watch(confined: int, jail: Jail) -> None:
+    """Until the process ends, stdin does, or its directory is full. Does not return."""
     process = os.pidfd_open(confined)
     poll = select.poll()
     poll.register(process, select.POLLIN)
     poll.register(0, select.POLLIN | select.POLLHUP)
-    poll.poll()
+    look_ms = (
+        _LOOK_MS if jail.isolation is Isolation.LANDLOCK else None
+    )  # a file system of its own is as large as it may
+    is_full = False
+    while not is_full and not poll.poll(look_ms):
+        is_full = _bytes_in(jail.directory) > jail.limits.file_bytes
     os.kill(confined, signal.SIGKILL)  # if it has ended it waits to be reaped, so this hits nobody else
     _, _, usage = os.wait4(confined, 0)
-    os._exit(OUT_OF_TIME if usage.ru_utime + usage.ru_stime >= cpu_s else 0)
+    if is_full:
+        os._exit(OUT_OF_SPACE)
+    os._exit(OUT_OF_TIME if usage.ru_utime + usage.ru_stime >= jail.limits.cpu_s - _CLOCK_TICK_S else 0)
+
+
+def _bytes_in(directory: str) -> int:
+    """It has no folders. What is deleted but still open is not seen: the limits on files and memory bound that."""
+    total = 0
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                total += entry.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES + _NAME_BYTES
+    return total
 
 
 if __name__ == "__main__":

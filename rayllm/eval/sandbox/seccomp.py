@@ -65,6 +65,9 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    # folders, which could be nested deeper than anything can remove again
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
     # files elsewhere: what Landlock does not cover
     "truncate": (76, 45),
     "chmod": (90, None),
@@ -118,11 +121,16 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 }
 _CLONE3 = 435  # its flags lie in memory, where a filter cannot look: the C library then uses clone
 _CLONE = (56, 220)
-# (call's number by machine, which argument, values denied): who gets a file's signals; the death signal; typed-in input
+_DATAGRAMS = tuple(
+    kind | flags for kind in (2, 3) for flags in (0, 0o4000, 0o2000000, 0o2004000)
+)  # SOCK_RAW is one too
+# (call's number by machine, which argument, values denied): who gets a file's signals; the death signal; typed-in
+# input; pairs of sockets of which one sends to any other socket of this machine, by its name
 _DENIED_VALUES: tuple[tuple[tuple[int, int], int, tuple[int, ...]], ...] = (
     ((72, 25), 1, (8, 10, 15)),  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX
     ((16, 29), 1, (0x8901, 0x8902, 0x5412)),  # ioctl: FIOSETOWN, SIOCSPGRP, TIOCSTI
     ((157, 167), 0, (PR_SET_PDEATHSIG,)),  # prctl
+    ((53, 199), 1, _DATAGRAMS),  # socketpair
 )
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06

@@ -1,5 +1,6 @@
 """What all tasks with given choices share: each choice is scored as a continuation, the likeliest one is the answer."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -46,7 +47,7 @@ class MultipleChoice(Task):
         choices = self.choices(document)
         logprobs = [_logprob(response) for response in responses]
         best = _first_best(logprobs)
-        best_by_length = _first_best([logprob / len(c) for logprob, c in zip(logprobs, choices, strict=True)])
+        best_by_length = _first_best([_by_length(*each) for each in zip(logprobs, choices, strict=True)])
         values = {"acc": float(best == self.gold(document)), "acc_norm": float(best_by_length == self.gold(document))}
         return Score(values={name: values[name] for name in self.metrics}, extracted=choices[best])
 
@@ -78,6 +79,11 @@ class LetteredChoice(MultipleChoice):
 def _logprob(response: Response) -> float:
     assert isinstance(response, Likelihood)
     return response.logprob
+
+
+def _by_length(logprob: float, choice: str) -> float:
+    """lm-eval divides by 0 where a choice is empty: minus infinity."""
+    return logprob / len(choice) if choice else -math.inf
 
 
 def _first_best(values: Sequence[float]) -> int:

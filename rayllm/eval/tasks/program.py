@@ -27,6 +27,10 @@ class ProgramTask(Generation):
     def check(self, document: Document, text: str) -> Check:
         """The program that `text` makes, with the problem's tests."""
 
+    def try_out(self, document: Document) -> None:
+        super().try_out(document)
+        self.check(document, "")
+
     def environment(self) -> Mapping[str, str]:
         return {"sandbox": str(shared_sandbox().isolation)}
 
