@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rayllm.core.errors import ConfigError
+
 
 def render_page(package: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
     """`page.html.j2` of `package` with `values`; whatever these hold is text and never markup."""
@@ -25,6 +27,9 @@ def render_page(package: str, filters: Mapping[str, Callable[..., str]], **value
 
 
 def write_page(html: str, path: Path) -> None:
-    """Makes the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    """Makes the folders above it. ConfigError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error

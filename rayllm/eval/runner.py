@@ -49,6 +49,7 @@ class TaskResult:
     num_documents: int
     num_resumed: int  # of them scored by an earlier run in the same folder
     metrics: Sequence[Metric]
+    limit: int | None = None  # the settings'
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -59,6 +60,7 @@ class TaskResult:
         return {
             "version": self.version,
             "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
             "num_resumed": self.num_resumed,
             "environment": dict(self.environment),
             **groups.pop("", {"num_documents": self.num_documents, "metrics": {}}),
@@ -146,6 +148,7 @@ def run_task(
         version=task.version,
         num_fewshot=num_fewshot,
         num_documents=len(documents),
+        limit=settings.limit,
         num_resumed=num_resumed,
         metrics=task.aggregate(scored),
         environment=task.environment(),

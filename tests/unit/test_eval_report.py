@@ -308,6 +308,25 @@ def test_a_folder_without_results_is_refused(tmp_path: Path, content: str | None
     assert not (tmp_path / "report.html").exists()
 
 
+def test_samples_beyond_the_limit_of_the_last_run_do_not_count(tmp_path: Path, directories: list[Path]) -> None:
+    content = json.loads((directories[0] / "results.json").read_text(encoding="utf-8"))
+    content["tasks"]["mmlu"]["limit"] = 30
+    write_results(directories[0], content)
+    first, other = read_runs(directories)
+    assert {index for _, index in first.rows("mmlu")} == set(range(30))
+    difference = paired_difference(first.rows("mmlu"), other.rows("mmlu"), "acc")
+    assert difference is not None
+    assert difference.num_documents == 30
+    assert len(first.rows("gsm8k")) == 90
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, directories: list[Path]) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "report.html"):
+        with pytest.raises(ConfigError, match=rf"^{path}: cannot be written"):
+            write_report(directories, path)
+
+
 def test_too_many_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at most 6"):
         read_runs([tmp_path] * 7)

@@ -37,10 +37,13 @@ class Run:
         return {}
 
     def rows(self, task: str) -> Mapping[Key, Row]:
-        """By document; empty where the run has not done the task."""
+        """By document, those that the metrics are of: the folder may hold samples beyond the limit of its last run.
+        Empty where the run has not done the task."""
         if task not in self._rows:
             rows = SampleStore(self.directory, task).rows() if task in self.tasks else ()
-            self._rows[task] = {(row["subject"], row["index"]): row for row in rows}
+            limit = self.tasks[task].get("limit") if task in self.tasks else None
+            found = {(row["subject"], row["index"]): row for row in rows}
+            self._rows[task] = {key: row for key, row in found.items() if limit is None or key[1] < limit}
         return self._rows[task]
 
 
@@ -72,7 +75,8 @@ def _is_result(result: Mapping[str, Any]) -> bool:
     """Raises LookupError, TypeError or AttributeError for some of what is none."""
     parts = [result, *result["groups"].values()]
     figures = [figure for part in parts for figure in part["metrics"].values()]
-    numbers = [part["num_documents"] for part in parts] + [figure[name] for figure in figures for name in _FIGURE]
+    numbers = [result.get("limit"), *(part["num_documents"] for part in parts)]
+    numbers += [figure[name] for figure in figures for name in _FIGURE]
     settled = isinstance(result["version"], str) and isinstance(result["num_fewshot"], int)
     return bool(result["metrics"]) and settled and all(n is None or isinstance(n, int | float) for n in numbers)
 
