@@ -10,7 +10,8 @@ NOT_FOUND. Both would have a client give up on what will be there in a moment; t
 
 And of a replica that dies over a request, HAProxy says nothing at all if the connection to it has carried another
 request before: it closes the client's, who should have known that kept connections end. So each HTTP request has a
-connection of its own from HAProxy to the replica.
+connection of its own from HAProxy to the replica. By least connections all of one client's requests, one after another,
+then went to the same replica, so they go round: replicas send on what another one is better for.
 """
 
 import ctypes
@@ -27,6 +28,7 @@ from rayllm.serve.errors import failure
 
 _PR_SET_PDEATHSIG = 1
 _DEFAULTS = re.compile("^defaults\n", re.MULTILINE)
+_BALANCE = re.compile(r"^(\s*)balance .*$", re.MULTILINE)
 _GRPC_NOT_FOUND = re.compile(r'hdr grpc-status 5 hdr grpc-message "[^"]*"')
 
 
@@ -44,7 +46,8 @@ def mend(configuration: Path) -> None:
     """Serve's own file, which it writes anew for each start, and its error file beside it."""
     unavailable = EngineUnavailableError("the replica was lost, or none is ready", retry_after_s=1.0)
     text = _GRPC_NOT_FOUND.sub(f'hdr grpc-status 14 hdr grpc-message "{unavailable}"', configuration.read_text())
-    configuration.write_text(_DEFAULTS.sub("defaults\n    option http-server-close\n", text))
+    text = _DEFAULTS.sub("defaults\n    option http-server-close\n", text)
+    configuration.write_text(_BALANCE.sub(r"\1balance roundrobin", text))
     told = failure(unavailable)
     headers = {"content-type": "application/json", "content-length": str(len(told.openai_body)), **told.http_headers}
     lines = [f"HTTP/1.1 {told.http_status} Service Unavailable", *(f"{name}: {headers[name]}" for name in headers)]
