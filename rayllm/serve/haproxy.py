@@ -10,8 +10,10 @@ NOT_FOUND. Both would have a client give up on what will be there in a moment; t
 
 And of a replica that dies over a request, HAProxy says nothing at all if the connection to it has carried another
 request before: it closes the client's, who should have known that kept connections end. So each HTTP request has a
-connection of its own from HAProxy to the replica. By least connections all of one client's requests, one after another,
-then went to the same replica, so they go round: replicas send on what another one is better for.
+connection of its own from HAProxy to the replica.
+
+Requests go round: by least connections, Serve's default, those of one client sometimes all went to the same replica.
+Replicas send on what another one is better for.
 """
 
 import ctypes
