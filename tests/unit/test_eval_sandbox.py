@@ -94,8 +94,7 @@ def processes_of(sessions: list[int]) -> list[str]:
 def test_hostile_programs_fail_in_time_and_leave_nothing(sandbox: Sandbox, program: str, sessions: list[int]) -> None:
     start = time.monotonic()
     assert run(sandbox, program) is not None
-    # Left alone, some never end. To start two processes and remove what was left may take a busy machine seconds.
-    assert time.monotonic() - start < LIMITS.wall_s + 15
+    assert time.monotonic() - start < LIMITS.wall_s + 3
     assert len(sessions) == 2
     assert processes_of(sessions) == []
     assert run(sandbox, RIGHT) is None  # and the next one is not its victim
