@@ -18,6 +18,8 @@ from rayllm_kernels.blocks import PANELS_RUN
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory of their own
+
 
 def on_triton(op: str, x: Tensor) -> bool:
     """Whether the Triton kernel of `op` serves tensors on x's device."""
@@ -54,8 +56,12 @@ def triton_problem() -> str | None:
 
 
 def loops_may_run(x: Tensor) -> bool:
-    """Whether compiled CPU loops may serve x: they have no gradient, and torch.compile cannot look into them."""
-    return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether compiled CPU loops that have a gradient may serve x: torch.compile cannot look into them."""
+    return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling()
+
+
+def loops_without_gradient_may_run(x: Tensor) -> bool:
+    return loops_may_run(x) and not torch.is_grad_enabled()
 
 
 LONGEST_IN_PLACE = 16  # queries of a sequence that read pages in place on CPU: past that torch's products pay

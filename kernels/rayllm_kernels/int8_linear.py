@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from rayllm_kernels.amx import TILE_CONFIG
 from rayllm_kernels.blocks import PANEL, PANEL_ROWS, TILE
-from rayllm_kernels.dispatch import int8_limits, loops_may_run, on_triton
+from rayllm_kernels.dispatch import int8_limits, loops_without_gradient_may_run, on_triton
 from rayllm_kernels.int8_packed import multiply_packed_kernel, pack_rows_kernel, unpack_weight
 from rayllm_kernels.int8_products import (
     finish_rows_kernel,
@@ -284,7 +284,7 @@ def w8a8_epilogue(
     kept_TJ = _none_if_empty(kept_TJ)
     weight_JN = None if kept_TJ is None or outlier_weight_NJ is None else outlier_weight_NJ.t().contiguous()
     if not (
-        loops_may_run(sums_TN)
+        loops_without_gradient_may_run(sums_TN)
         and sums_TN.numel() > 0
         and outputs % 16 == 0
         and (dtype == torch.bfloat16 or dtype == torch.float32)
@@ -370,7 +370,7 @@ def _compiled(
 ) -> bool:
     """Whether the compiled products take these tensors."""
     return (
-        loops_may_run(x)
+        loops_without_gradient_may_run(x)
         and x.numel() > 0
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.is_contiguous()

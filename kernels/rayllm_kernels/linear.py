@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rayllm_kernels.amx import TILE_CONFIG, load_tile_config, release_tiles
 from rayllm_kernels.blocks import CACHE_LINE, STRIPE, TILE, dot_floats, pack, sum_stripe_bf16
-from rayllm_kernels.dispatch import linear_limits, loops_may_run
+from rayllm_kernels.dispatch import linear_limits, loops_without_gradient_may_run
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -140,7 +140,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     rows = x.numel() // length
     if (
         rows == 0
-        or not loops_may_run(x)
+        or not loops_without_gradient_may_run(x)
         or x.dtype != weight_NK.dtype
         or not (x.is_contiguous() and weight_NK.is_contiguous())
         or not (bias_N is None or (bias_N.is_contiguous() and bias_N.dtype == x.dtype))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayllm_kernels.dispatch import LONGEST_IN_PLACE, loops_may_run, on_triton
+from rayllm_kernels.dispatch import LONGEST_IN_PLACE, loops_without_gradient_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
@@ -303,7 +303,7 @@ def _attend_gathered(q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float, 
 def _pages_in_place(q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors."""
     return (
-        loops_may_run(q)
+        loops_without_gradient_may_run(q)
         and (q.dtype == torch.bfloat16 or q.dtype == torch.float32)
         and (k_cache.dtype == torch.bfloat16 or k_cache.dtype == torch.float32 or k_cache.dtype == torch.int8)
         and k_cache.dtype == v_cache.dtype

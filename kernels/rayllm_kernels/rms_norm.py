@@ -5,10 +5,12 @@ x's dtype before the weight is applied.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rayllm_kernels.dispatch import loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task, real
@@ -23,6 +25,7 @@ from rayllm_kernels.simd import (
     round_bf16,
     store,
     store_bf16,
+    sub,
     sum_lanes,
 )
 
@@ -88,6 +91,55 @@ def _norm_rows(block: int) -> None:
 
 
 _norm_rows_kernel = Kernel(_norm_rows, integers=10, reals=1, parallel_from=2)
+_ROWS_PER_SUM = 32
+
+
+def _norm_gradients(block: int) -> None:
+    """Kernel: task = some rows, with x laid out as in `_norm_rows`. `dsummed` 0: none; else it is added to dx. Each
+    task's part of the weight's gradient goes into a row of `dweights`, float32."""
+    x, weight, dout, dsummed = integer(block, 0), integer(block, 1), integer(block, 2), integer(block, 3)
+    dx, dweights, rows, size = integer(block, 4), integer(block, 5), integer(block, 6), integer(block, 7)
+    heads, pitch, is_bf16, eps = integer(block, 8), integer(block, 9), integer(block, 10), real(block, 11)
+    item = 2 if is_bf16 else 4
+    zero = broadcast(np.float32(0.0))
+    task = next_task(block)
+    while task >= 0:
+        part = dweights + task * size * 4
+        for i in range(0, size * 4, LANES * 4):
+            store(part + i, zero)
+        for row in range(task * _ROWS_PER_SUM, min(rows, (task + 1) * _ROWS_PER_SUM)):
+            start = row * size * item
+            source = x + (row // heads * pitch + row % heads * size) * item
+            squares, dots = zero, zero
+            for i in range(0, size * item, LANES * item):
+                value = load_bf16(source + i) if is_bf16 else load(source + i)
+                w = load_bf16(weight + i) if is_bf16 else load(weight + i)
+                d = load_bf16(dout + start + i) if is_bf16 else load(dout + start + i)
+                squares = fma(value, value, squares)
+                dots = fma(mul(d, w), value, dots)
+            inverse = 1.0 / math.sqrt(sum_lanes(squares) / size + eps)
+            scale = broadcast(np.float32(inverse))
+            shrink = broadcast(np.float32(inverse * sum_lanes(dots) / size * inverse * inverse))
+            for i in range(0, size * item, LANES * item):
+                value = load_bf16(source + i) if is_bf16 else load(source + i)
+                w = load_bf16(weight + i) if is_bf16 else load(weight + i)
+                d = load_bf16(dout + start + i) if is_bf16 else load(dout + start + i)
+                gradient = sub(mul(mul(d, w), scale), mul(shrink, value))
+                if dsummed != 0:
+                    other = load_bf16(dsummed + start + i) if is_bf16 else load(dsummed + start + i)
+                    gradient = add(gradient, other)
+                normed = mul(value, scale)
+                if is_bf16:
+                    store_bf16(dx + start + i, gradient)
+                    normed = round_bf16(normed)
+                else:
+                    store(dx + start + i, gradient)
+                total = part + i // item * 4
+                store(total, fma(d, normed, load(total)))
+        task = next_task(block)
+
+
+_norm_gradients_kernel = Kernel(_norm_gradients, integers=11, reals=1, parallel_from=2)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -100,7 +152,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
             return normed
     if not _compiled(x_TD, weight_D):
         return rms_norm_reference(x_TD, weight_D, eps)
-    return _run(x_TD, None, weight_D, eps)[0]
+    if not torch.is_grad_enabled():
+        return _run(x_TD, None, weight_D, eps)[0]
+    differentiable: Tensor = _RmsNorm.apply(x_TD, weight_D, eps)  # type: ignore[no-untyped-call]
+    return differentiable
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +173,10 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
         and residual_TD.is_contiguous()
     ):
         return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
-    return _run(x_TD, residual_TD, weight_D, eps)
+    if not torch.is_grad_enabled():
+        return _run(x_TD, residual_TD, weight_D, eps)
+    out_TD, summed_TD = _AddRmsNorm.apply(x_TD, residual_TD, weight_D, eps)  # type: ignore[no-untyped-call]
+    return out_TD, summed_TD
 
 
 def _compiled(x: Tensor, weight: Tensor) -> bool:
@@ -147,8 +205,66 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
         rows,
         size,
         x.dtype == torch.bfloat16,
-        1 if x.is_contiguous() else x.shape[1],
-        size if x.is_contiguous() else x.stride(0),
+        *_layout(x),
         eps,
     )
     return out, summed
+
+
+def _layout(x: Tensor) -> tuple[int, int]:
+    """-> rows side by side, and elements from those to the next ones."""
+    return (1, x.shape[-1]) if x.is_contiguous() else (x.shape[1], x.stride(0))
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _run(x, None, weight, eps)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return *_gradients(x, weight, dout, None, ctx.eps), None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, summed = _run(x, residual, weight, eps)
+        ctx.save_for_backward(summed, weight)
+        ctx.eps = eps
+        return out, summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dsummed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        summed, weight = ctx.saved_tensors
+        dx, dweight = _gradients(summed, weight, dout, dsummed, ctx.eps)
+        return dx, dx, dweight, None
+
+
+def _gradients(x: Tensor, weight: Tensor, dout: Tensor, dsummed: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """-> those of x, contiguous, and of the weight."""
+    size = x.shape[-1]
+    rows = x.numel() // size
+    tasks = -(-rows // _ROWS_PER_SUM)
+    dx, dweights = empty(x.shape, x), torch.empty(tasks, size)
+    dout, dsummed = dout.contiguous(), None if dsummed is None else dsummed.contiguous()
+    _norm_gradients_kernel(
+        tasks,
+        x.data_ptr(),
+        weight.data_ptr(),
+        dout.data_ptr(),
+        0 if dsummed is None else dsummed.data_ptr(),
+        dx.data_ptr(),
+        dweights.data_ptr(),
+        rows,
+        size,
+        *_layout(x),
+        x.dtype == torch.bfloat16,
+        eps,
+    )
+    return dx, dweights.sum(0).to(weight.dtype)

@@ -4,8 +4,11 @@ Numerically transformers' `apply_rotary_pos_emb`: below float32 both products ar
 Computes no angles.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rayllm_kernels.dispatch import loops_may_run, on_triton
 from rayllm_kernels.native import Kernel, empty, integer, next_task
@@ -73,6 +76,13 @@ def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -
             return rotated
     if not (takes_heads(q_THE, cos_TE, sin_TE) and takes_heads(k_TKE, cos_TE, sin_TE)):
         return apply_rotary_reference(q_THE, k_TKE, cos_TE, sin_TE)
+    if not torch.is_grad_enabled():
+        return _run(q_THE, k_TKE, cos_TE, sin_TE)
+    q_out, k_out = _ApplyRotary.apply(q_THE, k_TKE, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
+    return q_out, k_out
+
+
+def _run(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
     q_out = empty(q_THE.shape, q_THE)
     k_out = empty(k_TKE.shape, k_TKE)
     _rotate_heads_kernel(
@@ -91,6 +101,21 @@ def apply_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -
         q_THE.dtype == torch.bfloat16,
     )
     return q_out, k_out
+
+
+class _ApplyRotary(torch.autograd.Function):
+    """The gradient is turned back by the same angles; angles have none."""
+
+    @staticmethod
+    def forward(ctx: Any, q_THE: Tensor, k_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos_TE, sin_TE)
+        return _run(q_THE, k_TKE, cos_TE, sin_TE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_THE: Tensor, dk_TKE: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos_TE, sin_TE = ctx.saved_tensors
+        return *_run(dq_THE.contiguous(), dk_TKE.contiguous(), cos_TE, -sin_TE), None, None
 
 
 def takes_heads(x: Tensor, cos: Tensor, sin: Tensor) -> bool:

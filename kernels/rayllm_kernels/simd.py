@@ -288,6 +288,12 @@ def max_abs(builder: Any, total: Any, x: Any) -> Any:
     return builder.bitcast(builder.select(builder.icmp_signed(">", bits, so_far), bits, so_far), FLOATS)
 
 
+@operation(VECTOR, VECTOR, VECTOR)
+def larger(builder: Any, a: Any, b: Any) -> Any:
+    """Lane by lane; b where either is NaN."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 @operation(types.float32, VECTOR)
 def max_abs_lanes(builder: Any, vector: Any) -> Any:
     """The largest lane of what `max_abs` gives, NaN if there is one."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayllm_kernels.dispatch import loops_may_run, on_triton
+from rayllm_kernels.dispatch import loops_without_gradient_may_run, on_triton
 from rayllm_kernels.native import Kernel, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -166,7 +166,7 @@ def store_kv(
 def takes_pages(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors: caches on CPU, heads of a token side by side."""
     return (
-        loops_may_run(k)
+        loops_without_gradient_may_run(k)
         and (k.dtype == torch.bfloat16 or k.dtype == torch.float32)
         and k.dtype == v.dtype
         and (

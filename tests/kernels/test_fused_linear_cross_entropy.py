@@ -30,9 +30,10 @@ def test_gradcheck(tokens):
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("vocabulary", [33, 96])  # on CPU a loop of our own takes multiples of 32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradients_are_as_exact_as_with_all_logits(dtype):
-    hidden, weight, targets = inputs(29, 40, 33, dtype)
+def test_loss_and_gradients_are_as_exact_as_with_all_logits(dtype, vocabulary):
+    hidden, weight, targets = inputs(29, 40, vocabulary, dtype)
     exact_inputs = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     results = []
     for function, leaves in (
@@ -64,6 +65,38 @@ def test_all_targets_ignored():
     loss.backward()
     assert loss == 0
     assert hidden.grad.abs().sum() == weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_certain_and_uncertain_predictions(scale):
+    """The gradient by the logit of a target that is all but certain is a small difference of near numbers."""
+    hidden, weight, targets = inputs(16, 40, 64, torch.float32)
+    hidden = (scale * weight.detach()[targets.clamp(min=0)]).requires_grad_()
+    exact_inputs = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    ours = fused_linear_cross_entropy(hidden, weight, targets)
+    exact = fused_linear_cross_entropy_reference(*exact_inputs, targets)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-3)
+    for mine, wanted in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(exact, exact_inputs), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-4, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_logits_that_are_not_finite_give_no_finite_loss(value):
+    hidden, weight, targets = inputs(4, 8, 64, torch.float32)
+    hidden = hidden.detach().clone()
+    hidden[0, 3] = value
+    assert not fused_linear_cross_entropy(hidden, weight, targets).isfinite()
+
+
+@pytest.mark.parametrize("target", [64, -1])
+@pytest.mark.parametrize("vocabulary", [64, 11])
+def test_a_target_that_is_no_token(target, vocabulary):
+    hidden, weight, targets = inputs(4, 8, vocabulary, torch.float32)
+    targets[0] = target
+    with pytest.raises((IndexError, RuntimeError), match=r"64|-1"):
+        fused_linear_cross_entropy(hidden, weight, targets)
 
 
 def test_shapes_that_do_not_fit():

@@ -1,5 +1,7 @@
 """rms_norm, rotary and silu_mul against transformers' own layers, their torch references and float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from rayllm_kernels import (
     silu_mul,
     silu_mul_reference,
 )
+from tests.kernels.exactness import Op, compare
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 576), (3, 16), (17, 80), (9, 1536), (2, 50)]  # 50: no multiple of the lanes, served by the reference
@@ -153,9 +156,99 @@ def test_silu_at_the_ends(dtype: torch.dtype) -> None:
     assert result[gate.isnan()].isnan().all()
 
 
-def test_under_autograd_the_references_serve() -> None:
-    x, weight = torch.randn(2, 64, requires_grad=True), torch.ones(64)
-    q, k, cos = torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 1, 64), torch.randn(2, 64)
-    outputs = [rms_norm(x, weight, 1e-5), *add_rms_norm(x, x, weight, 1e-5), silu_mul(x, x)]
-    outputs.append(apply_rotary(q, k, cos, cos)[0])
-    assert all(output.grad_fn is not None for output in outputs)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 64)])
+def test_gradients_of_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, residual = (randn(*shape, dtype=torch.float32, scale=scale) for scale in (3.0, 5.0))
+    weight = randn(shape[1], dtype=torch.float32)
+    compare(lambda *t: (rms_norm(*t, 1e-5),), lambda *t: (rms_norm_reference(*t, 1e-5),), [x, weight], dtype)
+    compare(
+        lambda *t: add_rms_norm(*t, 1e-6),
+        lambda *t: add_rms_norm_reference(*t, 1e-6),
+        [x, residual.flip(0), weight],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_rms_norm_of_heads_within_a_fused_product(dtype: torch.dtype) -> None:
+    compare(
+        lambda qkv, weight: (rms_norm(qkv[:, 1:4], weight, 1e-5),),
+        lambda qkv, weight: (rms_norm_reference(qkv[:, 1:4], weight, 1e-5),),
+        [randn(23, 5, 32, dtype=torch.float32, scale=3.0), randn(32, dtype=torch.float32)],
+        dtype,
+    )
+
+
+def test_gradient_of_rms_norm_of_zeros_and_of_large_values() -> None:
+    weight = torch.ones(64, requires_grad=True)
+    for value in (0.0, 1e15, 1e-15):
+        x = torch.full((1, 64), value, requires_grad=True)
+        upstream = randn(1, 64, dtype=torch.float32)
+        ours = torch.autograd.grad(rms_norm(x, weight, 1e-5), (x, weight), upstream)
+        wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+        exact = torch.autograd.grad(rms_norm_reference(*wide, 1e-5), wide, upstream.double())
+        for mine, wanted in zip(ours, exact, strict=True):
+            scale = float(upstream.abs().max()) / max(value, 1e-5**0.5)
+            torch.testing.assert_close(
+                mine.double(), wanted, rtol=1e-5, atol=1e-6 * max(scale, float(wanted.abs().max()))
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 20])
+def test_gradients_of_rotary(head_dim: int, dtype: torch.dtype) -> None:
+    angles = randn(7, head_dim // 2, dtype=torch.float32, scale=9.0).repeat(1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def of_a_fused_product(rotate: Callable[..., tuple[Tensor, ...]]) -> Op:
+        def op(qkv: Tensor) -> tuple[Tensor, ...]:
+            q, k, _ = qkv.split((4, 2, 2), dim=1)
+            return rotate(q, k, cos.to(qkv.dtype), sin.to(qkv.dtype))
+
+        return op
+
+    ours, reference = of_a_fused_product(apply_rotary), of_a_fused_product(apply_rotary_reference)
+    compare(ours, reference, [randn(7, 8, head_dim, dtype=torch.float32)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1536), (3, 16), (40, 528), (2, 50)])
+def test_gradients_of_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    joined = randn(shape[0], 2 * shape[1], dtype=torch.float32, scale=4.0)
+    compare(
+        lambda x: (silu_mul(*x.chunk(2, dim=1)),), lambda x: (silu_mul_reference(*x.chunk(2, dim=1)),), [joined], dtype
+    )
+
+
+def test_gradients_by_gradcheck() -> None:
+    """In float64, which the references serve."""
+    x, y = (randn(3, 32, dtype=torch.float64, scale=2.0).flip(i).requires_grad_() for i in range(2))
+    weight, cos = torch.ones(32, dtype=torch.float64, requires_grad=True), randn(3, 32, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: rms_norm(*t, 1e-5), (x, weight))
+    assert torch.autograd.gradcheck(lambda *t: add_rms_norm(*t, 1e-5), (x, y, weight))
+    assert torch.autograd.gradcheck(silu_mul, (x, y))
+    assert torch.autograd.gradcheck(lambda q, k: apply_rotary(q[:, None], k[:, None], cos, cos), (x, y))
+
+
+def test_a_sum_whose_norm_or_whose_rest_is_not_used() -> None:
+    x, residual, weight = randn(3, 64, dtype=torch.float32), randn(3, 64, dtype=torch.float32), torch.ones(64)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(add_rms_norm(leaf, residual, weight, 1e-5)[1].sum(), leaf)
+    assert torch.equal(gradient, torch.ones_like(x))
+    (gradient,) = torch.autograd.grad(add_rms_norm(leaf, residual, weight, 1e-5)[0].sum(), leaf)
+    (expected,) = torch.autograd.grad(add_rms_norm_reference(leaf, residual, weight, 1e-5)[0].sum(), leaf)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    x, weight = randn(500, 64, dtype=torch.float32).requires_grad_(), torch.ones(64, requires_grad=True)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.autograd.grad(rms_norm(x, weight, 1e-5).square().sum(), (x, weight)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
