@@ -5,12 +5,14 @@
     python -m tests.train_benchmark packing                    # needs what `make reference` installs
     python -m tests.train_benchmark memory
     python -m tests.train_benchmark saving
+    python -m tests.train_benchmark sharding
 
 `speed`: whole steps (forward, backward, norm of the gradient, clipping, AdamW) against transformers and torch's AdamW,
 with autocast where ours computes in bfloat16, in turns on the same tokens. `packing`: GSM8K's questions and answers as
 conversations, in rows of 512 tokens, and one in each row, padded to the longest of its micro-batch; what is counted are
 tokens that are learnt from. `memory`: the loss and its gradients, with the logits held whole and without. `saving`: how
-long a step waits for a save, beside a copy of what is saved. First steps are not counted. Prints one JSON object.
+long a step waits for a save, beside a copy of what is saved. `sharding`: steps of two ranks of one thread each, beside
+those of two processes that compute as much and do not talk. First steps are not counted. Prints one JSON object.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
@@ -228,7 +231,61 @@ def saving(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": {name: median(took) for name, took in seconds.items()}, "all": seconds}
 
 
-PARTS = {"speed": speed, "packing": packing, "memory": memory, "saving": saving}
+LAYOUTS = {
+    "apart": LayoutConfig(),
+    "DDP": LayoutConfig(replicate=2),
+    "FSDP": LayoutConfig(shard=2),
+    "TP": LayoutConfig(tensor=2),
+}
+
+
+def two_ranks(rank: int, store: str, directory: Path, name: str, dtype: str, rounds: int) -> None:
+    """Writes the seconds of each step to `store`.RANK."""
+    torch.set_num_threads(1)
+    layout = LAYOUTS[name]
+    together = torch.distributed.FileStore(store, 2)
+    dist.init_process_group(
+        "gloo", store=together if layout.world > 1 else HashStore(), rank=rank % layout.world, world_size=layout.world
+    )
+    batch = random_batch()
+    if layout.tensor == 1:
+        rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+        batch = replace(
+            batch,
+            token_ids=batch.token_ids[rows],
+            loss_mask=batch.loss_mask[rows],
+            document_lengths=batch.document_lengths[rows],
+            sample_ids=batch.sample_ids[rows],
+        )
+    step = make_step(directory, layout, OPTIMIZER, compute_dtype=dtype)
+    step([batch], 1.0)
+    together.add("ready", 1)
+    while together.add("ready", 0) < 2:
+        time.sleep(0.01)
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        step([batch], 1.0)
+        seconds.append(time.perf_counter() - started)
+    Path(f"{store}.{rank}").write_text(json.dumps(seconds))
+    dist.destroy_process_group()
+
+
+def sharding(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    with TemporaryDirectory() as folder:
+        for name in LAYOUTS:
+            store = f"{folder}/{name}"
+            ranks = (store, directory, name, arguments.dtype, arguments.rounds)
+            torch.multiprocessing.spawn(two_ranks, ranks, nprocs=2)
+            seconds[name] = max(median(json.loads(Path(f"{store}.{rank}").read_text())) for rank in range(2))
+    return {
+        "tokens_per_s": {name: ROWS * LENGTH / took for name, took in seconds.items()},
+        "share_of_talking": {name: 1 - seconds["apart"] / took for name, took in seconds.items()},
+    }
+
+
+PARTS = {"speed": speed, "packing": packing, "memory": memory, "saving": saving, "sharding": sharding}
 
 
 def main() -> None:

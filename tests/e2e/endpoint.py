@@ -35,7 +35,7 @@ engine = EngineConfig(
     model=ModelConfig(model=sys.argv[1]),
     parallel=ParallelConfig(tensor=int(sys.argv[4]), shard_recovery_timeout_s=float(sys.argv[5])),
     cache=CacheConfig(num_blocks=200),
-    scheduler=SchedulerConfig(max_num_seqs=int(sys.argv[7]), max_waiting_requests=int(sys.argv[7])),
+    scheduler=SchedulerConfig(max_num_seqs=int(sys.argv[7]), max_waiting_requests=int(sys.argv[8])),
 )
 config = ServeConfig(
     engine=engine,
@@ -133,11 +133,13 @@ def start(
     shard_recovery_timeout_s: float = 120,
     replicas: int = 1,
     max_num_seqs: int = 4,
+    max_waiting: int | None = None,
     **environment: str,
 ) -> Endpoint:
+    """`max_waiting` None: as many as run."""
     http_port, grpc_port = free_ports(2)
-    mark = uuid.uuid4().hex
-    arguments = (model, http_port, grpc_port, tensor, shard_recovery_timeout_s, replicas, max_num_seqs)
+    mark, waiting = uuid.uuid4().hex, max_waiting or max_num_seqs
+    arguments = (model, http_port, grpc_port, tensor, shard_recovery_timeout_s, replicas, max_num_seqs, waiting)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *map(str, arguments)],
         stdin=subprocess.PIPE,
