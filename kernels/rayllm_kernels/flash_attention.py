@@ -47,7 +47,8 @@ def flash_attention_reference(
         k, v = (x[k_start:k_stop].to(wide).repeat_interleave(group, dim=1) for x in (k_SKE, v_SKE))
         scores_HSS = torch.einsum("qhe,she->hqs", q_SHE, k) * scale
         if causal:
-            visible = _visible(q_stop - q_start, k_stop - k_start, window, q_THE.device)
+            queries, keys = q_stop - q_start, k_stop - k_start
+            visible = _visible(keys - queries, queries, keys, window, q_THE.device)
             scores_HSS = scores_HSS.masked_fill(~visible, -torch.inf)
         lse_HS = scores_HSS.logsumexp(-1)
         level_HS1 = lse_HS.masked_fill(lse_HS == -torch.inf, 0.0).unsqueeze(-1)
@@ -59,9 +60,9 @@ def flash_attention_reference(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys] boolean: what each query sees under causality."""
-    at = torch.arange(keys - queries, keys, device=device)[:, None]
+def _visible(first: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] boolean: what each query sees under causality. `first`: the place of the first of them."""
+    at = torch.arange(first, first + queries, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]
     visible = key <= at
     return visible if window is None else visible & (key > at - window)
@@ -70,7 +71,7 @@ def _visible(queries: int, keys: int, window: int | None, device: torch.device) 
 @functools.lru_cache(maxsize=1)  # the layers of a step that have a window have the same, as a rule
 def _window_mask(size: int, window: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # may be saved for a backward pass later
-        return _visible(size, size, window, device)
+        return _visible(0, size, size, window, device)
 
 
 def _by_sdpa(
@@ -98,21 +99,25 @@ def _by_sdpa(
     )
     for q_HQE, k_KSE, v_KSE in parts:
         queries, keys = q_HQE.shape[1], k_KSE.shape[1]
-        unseen = -keys % _ROUND_UP if rounds and queries == keys else 0
-        if unseen > 0:
-            q_HQE, k_KSE, v_KSE = (F.pad(x, (0, 0, 0, unseen)) for x in (q_HQE, k_KSE, v_KSE))
-            queries, keys = queries + unseen, keys + unseen
-        blind = queries if keys == 0 else max(0, queries - keys) if causal else 0  # leading queries that see nothing
+        first = keys - queries
+        unseen = 0
+        if rounds and first >= 0 and queries > 0:
+            unseen = -queries % _ROUND_UP
+            unseen_keys = unseen + -(keys + unseen) % _ROUND_UP  # no fewer, so that no query is left without a key
+            q_HQE = F.pad(q_HQE, (0, 0, 0, unseen))
+            k_KSE, v_KSE = (F.pad(x, (0, 0, 0, unseen_keys)) for x in (k_KSE, v_KSE))
+            queries, keys = queries + unseen, keys + unseen_keys
+        blind = queries if keys == 0 else max(0, -first) if causal else 0  # leading queries that see nothing
         if blind > 0:
             outputs.append(q_THE.new_zeros(blind, *q_THE.shape[1:]))
         if blind == queries:
             continue
-        queries -= blind
+        first, queries = first + blind, queries - blind
         mask = None
         if causal and window is not None and window < keys:
-            mask = _window_mask(longest + _ROUND_UP, window, q_THE.device)[keys - queries : keys, :keys]
+            mask = _window_mask(longest + 2 * _ROUND_UP, window, q_THE.device)[first : first + queries, :keys]
         elif causal and queries != keys:
-            mask = _visible(queries, keys, None, q_THE.device)
+            mask = _visible(first, queries, keys, None, q_THE.device)
         out_1HSE = F.scaled_dot_product_attention(
             q_HQE[None, :, blind:] if blind else q_HQE[None],
             k_KSE[None],

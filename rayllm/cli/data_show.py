@@ -1,6 +1,7 @@
 """`rayllm data show`: a packed data set as the model will see it."""
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +33,8 @@ def show(
     """Print rows of a packed data set: every token, those that are not learnt dimmed, documents set apart.
 
     Tokens are decoded one by one, special ones as they are written; <0xE2> is a byte of a character that several tokens
-    make. A mark before each document says which row of which file it was.
+    make. A mark before each document says which row of which file it was. Of a pair the prompt is there once, but for
+    its last token, after which both answers begin.
     """
     from rich.console import Console
 
@@ -70,12 +72,15 @@ def _row(dataset: "PackedDataset", sample: int, tokenizer: "Tokenizer") -> Itera
 
 
 def _pair(dataset: "PackedDataset", sample: int, tokenizer: "Tokenizer") -> Iterator["Text"]:
-    pair = dataset.pair(sample)
-    yield _mark(f"pair {sample}")
-    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        yield _mark(f"{name}: {len(pair.prompt)} tokens and {len(answer)} of the answer")
-        mask = [False] * len(pair.prompt) + [True] * len(answer)
-        yield _tokens(tokenizer, pair.prompt + answer, mask)
+    batch = dataset.micro_batch([sample])
+    ids, mask = batch.token_ids[0].tolist(), batch.loss_mask[0].tolist()
+    yield _mark(f"pair {sample}: {len(ids)} tokens, {batch.num_targets} learnt")
+    for name, prefix, (start, stop) in zip(
+        ("chosen", "rejected"), batch.prefixes, pairwise(batch.cu_seqlens), strict=True
+    ):
+        after = f", after the first {prefix} above" if prefix else ""
+        yield _mark(f"{name}: {stop - start} tokens{after}")
+        yield _tokens(tokenizer, ids[start:stop], mask[start:stop])
 
 
 def _prompt(dataset: "PackedDataset", sample: int, tokenizer: "Tokenizer") -> Iterator["Text"]:

@@ -25,6 +25,9 @@ class MicroBatch:
     token of a document never is one, since what lies before it is another document.
     `document_lengths`: of every row the lengths of its documents, all at least 1, whose sum is S. What pads a row is a
     document like any other (or several) whose mask is False throughout; its ids may be anything in the vocabulary.
+    `prefix_lengths`: of every row, for each of its documents, with how many of the first tokens of the document before
+    it it begins too, in front of its own: they lie in the row once, and count for positions and attention of both. A
+    document lends its tokens or borrows some, not both. (): none does.
     `sample_ids`: the data set's indices of the samples in here, padding left out, in the order of the rows.
     `document_values`: what a recipe knows of each document, [N] each (a reference's log-probability, say); for
     preference pairs documents 2i and 2i + 1 are the chosen and the rejected one of a pair.
@@ -36,6 +39,7 @@ class MicroBatch:
     token_ids: Tensor
     loss_mask: Tensor
     document_lengths: tuple[tuple[int, ...], ...]
+    prefix_lengths: tuple[tuple[int, ...], ...] = ()
     sample_ids: tuple[int, ...]
     document_values: Mapping[str, Tensor] = field(default_factory=dict)
     token_values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -52,6 +56,13 @@ class MicroBatch:
         for row, lengths in enumerate(self.document_lengths):
             if sum(lengths) != shape[1] or min(lengths, default=0) < 1:
                 raise DataError(f"row {row}: documents of {list(lengths)} tokens do not fill a row of {shape[1]}")
+        if self.prefix_lengths and [*map(len, self.prefix_lengths)] != [*map(len, self.document_lengths)]:
+            raise DataError(f"prefix_lengths must have one for each of {self.num_documents} documents")
+        for row, prefixes in enumerate(self.prefix_lengths):
+            lengths = self.document_lengths[row]
+            lent = [0, *(0 if prefix else length for length, prefix in zip(lengths, prefixes, strict=True))]
+            if not all(0 <= prefix <= most for prefix, most in zip(prefixes, lent, strict=False)):
+                raise DataError(f"row {row}: documents of {list(lengths)} tokens cannot lend prefixes {list(prefixes)}")
         if self.loss_mask.flatten()[self.cu_seqlens[:-1]].any():
             raise DataError("loss_mask is set on the first token of a document, which nothing predicts")
         for name, values in self.document_values.items():
@@ -75,10 +86,21 @@ class MicroBatch:
         return [0, *accumulate(chain.from_iterable(self.document_lengths))]
 
     @property
+    def prefixes(self) -> list[int]:
+        """[N], those of all rows; see `prefix_lengths`."""
+        return [*chain.from_iterable(self.prefix_lengths)] or [0] * self.num_documents
+
+    @property
+    def attended(self) -> list[tuple[int, int]]:
+        """[N]: of each document, how many queries it has and how many keys."""
+        lengths = chain.from_iterable(self.document_lengths)
+        return [(length, prefix + length) for length, prefix in zip(lengths, self.prefixes, strict=True)]
+
+    @property
     def positions_T(self) -> Tensor:
-        """Of each token in its document, from 0."""
+        """Of each token in its document, from 0, or from the length of what it begins with."""
         lengths_N = torch.tensor(list(chain.from_iterable(self.document_lengths)), device=self.token_ids.device)
-        starts_N = lengths_N.cumsum(0) - lengths_N
+        starts_N = lengths_N.cumsum(0) - lengths_N - torch.tensor(self.prefixes, device=lengths_N.device)
         return torch.arange(self.token_ids.numel(), device=lengths_N.device) - starts_N.repeat_interleave(lengths_N)
 
     @property
@@ -99,6 +121,7 @@ class MicroBatch:
             token_ids=torch.cat([self.token_ids, self.token_ids.new_zeros(rows, missing)], 1),
             loss_mask=torch.cat([self.loss_mask, self.loss_mask.new_zeros(rows, missing)], 1),
             document_lengths=tuple((*lengths, *padding) for lengths in self.document_lengths),
+            prefix_lengths=tuple((*prefixes, *(0 for _ in padding)) for prefixes in self.prefix_lengths),
             token_values={
                 name: torch.cat([values, values.new_zeros(rows, missing)], 1)
                 for name, values in self.token_values.items()

@@ -67,8 +67,9 @@ class BatchConfig:
     """`tokens` of one optimizer step over all ranks, padding included, in rows of `sequence_length`; a rank takes
     `rows` of them at a time. How often it does (gradient accumulation) follows from the layout.
 
-    Of preference pairs a row is a pair, whose two sequences are of at most `sequence_length` tokens each: a step takes
-    `tokens / sequence_length` pairs, however long they are. Of prompts a row is a prompt with its answer."""
+    Of preference pairs a row is a pair, whose prompt with either answer is of at most `sequence_length` tokens: a step
+    takes `tokens / sequence_length` pairs, however long they are and however much of them both answers share. Of
+    prompts a row is a prompt with its answer."""
 
     sequence_length: int
     tokens: int

@@ -6,8 +6,8 @@ multiplication and an addition each, forward and backward.
 N: weights that are multiplied by (no embedding, no norm, no bias), L layers, H query heads of size E. As there, a query
 counts all S keys although causality hides half, and what is computed twice (recomputation, the logits of a loss) counts
 once; so shares of a peak compare with those of others. Weights that adapters stand beside have no gradient of their
-own: 4 N, and 6 for each weight of an adapter. A token of a packed row counts the keys of its own document, and
-no more of them than its layer's window has.
+own: 4 N, and 6 for each weight of an adapter. A token of a packed row counts the keys of its own document, borrowed
+ones too, and no more of them than its layer's window has.
 """
 
 from collections.abc import Iterable
@@ -24,10 +24,10 @@ def multiplied_weights(spec: DecoderSpec, *, vocabulary: bool = True) -> int:
     return spec.num_layers * (attention + mlp) + (spec.vocab_size * spec.hidden_size if vocabulary else 0)
 
 
-def attended_pairs(spec: DecoderSpec, lengths: Iterable[int]) -> int:
-    """Queries times their keys in documents of such lengths, over all layers."""
-    lengths = list(lengths)
-    return sum(length * min(length, window or length) for window in spec.windows for length in lengths)
+def attended_pairs(spec: DecoderSpec, documents: Iterable[tuple[int, int]]) -> int:
+    """Queries times keys, over all layers, of documents of so many queries and keys."""
+    documents = list(documents)
+    return sum(queries * min(keys, window or keys) for window in spec.windows for queries, keys in documents)
 
 
 def adapter_weights(spec: DecoderSpec, lora: LoraConfig) -> int:

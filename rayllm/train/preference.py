@@ -99,7 +99,8 @@ def _shape(setup: Setup) -> Callable[[MicroBatch], MicroBatch]:
     batch = setup.config.batch
     if setup.mesh.layout.pipeline == 1:
         return lambda pairs: pairs
-    return lambda pairs: pairs.padded(2 * batch.rows * batch.sequence_length, batch.sequence_length)
+    length = batch.rows * setup.dataset.longest_pair()
+    return lambda pairs: pairs.padded(length, batch.sequence_length)
 
 
 def _folder(config: TrainConfig) -> Path:

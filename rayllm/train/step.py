@@ -64,11 +64,11 @@ class TrainStep:
         finite; the weights are then what they were before.
         """
         batches = [batch.to(self.mesh.device) for batch in batches]
-        lengths = chain.from_iterable(chain.from_iterable(batch.document_lengths for batch in batches))
+        documents = chain.from_iterable(batch.attended for batch in batches)
         count, tokens, pairs = self._totals(
             sum(map(self._objective.count, batches)),
             sum(batch.token_ids.numel() for batch in batches),
-            attended_pairs(self._spec, lengths),
+            attended_pairs(self._spec, documents),
         )
         if count == 0:
             raise DataError("nothing to learn from in a whole step: the loss mask of every sample is empty")

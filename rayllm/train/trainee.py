@@ -79,7 +79,7 @@ class Trainee(nn.Module):
         batch = self._batches[int(index)]
         if self.decoder.embed_tokens is not None:
             x = x.flatten()
-        hidden_TD: Tensor = self.decoder(x, batch.positions_T, DenseContext(batch.cu_seqlens))
+        hidden_TD: Tensor = self.decoder(x, batch.positions_T, DenseContext(batch.cu_seqlens, batch.prefixes))
         if self.decoder.lm_head is None:
             return hidden_TD
         loss = self.objective.loss(hidden_TD, self._head(), batch)

@@ -37,7 +37,9 @@ def test_result_and_gradients(
         torch.testing.assert_close(gradient.double(), right, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("lengths", [RAGGED, BLIND, [(32, 32), (64, 64), (31, 31)]])
+@pytest.mark.parametrize(
+    "lengths", [RAGGED, BLIND, [(32, 32), (64, 64), (31, 31)], [(32, 33), (1, 64), (31, 94), (33, 64)]]
+)
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 1), (True, 17), (True, 34)])
 def test_bfloat16(causal: bool, window: int | None, lengths: list[tuple[int, int]]) -> None:
     case = make_case(lengths, head_dim=16, causal=causal, window=window, dtype=torch.bfloat16)
@@ -50,15 +52,17 @@ def test_bfloat16(causal: bool, window: int | None, lengths: list[tuple[int, int
         check(result, right, of_torch, torch.bfloat16)
 
 
-def test_memory_does_not_grow_with_the_lengths_met() -> None:
+@pytest.mark.parametrize("before", [0, 2], ids=["own keys alone", "twice as many before them"])
+def test_memory_does_not_grow_with_the_lengths_met(before: int) -> None:
     """In a process of its own, for what is kept is kept for good."""
     script = (
         "import torch; from rayllm_kernels import flash_attention\n"
         "torch.set_num_threads(1)\n"
         "def attend(length):\n"
-        "    q = torch.randn(length, 4, 32, dtype=torch.bfloat16, requires_grad=True)\n"
-        "    at = torch.tensor([0, length], dtype=torch.int32)\n"
-        "    flash_attention(q, q, q, cu_seqlens_q_B1=at, cu_seqlens_k_B1=at, scale=0.2).sum().backward()\n"
+        f"    lengths = (length, {1 + before} * length)\n"
+        "    q, k = (torch.randn(n, 4, 32, dtype=torch.bfloat16, requires_grad=True) for n in lengths)\n"
+        "    queries, keys = (torch.tensor([0, len(x)], dtype=torch.int32) for x in (q, k))\n"
+        "    flash_attention(q, k, k, cu_seqlens_q_B1=queries, cu_seqlens_k_B1=keys, scale=0.2).sum().backward()\n"
         "def megabytes(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
         "for length in range(32, 513, 32): attend(length)\n"
         "before = megabytes()\n"

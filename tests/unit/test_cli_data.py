@@ -13,14 +13,14 @@ from tests.packed_rows import pack_rows
 ROWS = {
     Kind.TEXT: [{"text": "the 글\x1b[31m end"}, {"text": "and"}],
     Kind.CHAT: [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the"}]}],
-    Kind.PREFERENCE: [{"prompt": "the", "chosen": " and", "rejected": " end"}],
+    Kind.PREFERENCE: [{"prompt": "the and", "chosen": " and", "rejected": " end"}],
     Kind.PROMPT: [{"prompt": [{"role": "user", "content": "hi"}]}],
 }
 # kind -> what is dimmed, what is learnt; line feeds have no style
 STYLED = {
     Kind.TEXT: ("theand", " <0xEA><0xB8><0x80><0x1B>[31m end<|im_end|><|im_end|>"),
     Kind.CHAT: ("<|im_start|>userhi<|im_end|><|im_start|>assistant", "the<|im_end|>"),
-    Kind.PREFERENCE: ("thethe", " and<|im_end|> end<|im_end|>"),
+    Kind.PREFERENCE: ("the andand", " and<|im_end|> end<|im_end|>"),
     Kind.PROMPT: ("<|im_start|>userhi<|im_end|><|im_start|>assistant", ""),
 }
 
@@ -65,6 +65,19 @@ def test_documents_and_where_they_come_from(monkeypatch, capsys, tmp_path, tiny_
     assert marks[4] == f"── document 1 ({file}, row 1 (from 0))"
     assert re.fullmatch(r"── padding: \d+ tokens", marks[-1])
     assert "\x1b" not in out, "what is in the data does not reach the terminal"
+
+
+def test_a_pairs_prompt_is_there_once(monkeypatch, capsys, tmp_path, tiny_model):
+    directory = packed(tmp_path, tiny_model, Kind.PREFERENCE, 64)
+    status, out, _ = show(monkeypatch, capsys, directory)
+    assert status == 0
+    assert out.splitlines() == [
+        "── pair 0: 12 tokens, 8 learnt",
+        "── chosen: 6 tokens",
+        "the and and<|im_end|>",
+        "── rejected: 6 tokens, after the first 2 above",
+        "and end<|im_end|>",
+    ]
 
 
 def test_a_row_that_is_not_there(monkeypatch, capsys, tmp_path, tiny_model):

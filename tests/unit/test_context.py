@@ -73,6 +73,31 @@ def test_positions_begin_anew_in_each_sequence() -> None:
     assert context.rope_lengths_T.tolist() == [length for length in LENGTHS for _ in range(length)]
 
 
+@pytest.mark.parametrize("window", [None, 1, 9, 29])
+def test_tokens_that_two_sequences_share(window: int | None) -> None:
+    """As if each borrower had a copy of them, whose gradients the lender gets too."""
+    cu_seqlens, prefixes = [0, 1, 8, 37, 49], [0, 1, 0, 23]
+    tokens = [0, *range(8), *range(8, 37), *range(8, 31), *range(37, 49)]
+    own = [0, *range(2, 9), *range(9, 38), *range(61, 73)]
+    shared, copied = inputs(torch.float64), inputs(torch.float64)
+    context = DenseContext(cu_seqlens, prefixes)
+    out = attend(context, *shared, window)
+    copies = [x[tokens] for x in copied]
+    q, k, v = copies
+    expected = attend(DenseContext([0, 1, 9, 38, 73]), q, k, v, window)[own]
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for x, y in zip(shared, copied, strict=True):
+        assert x.grad is not None
+        assert y.grad is not None
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    assert context.positions_T.tolist() == [0, *range(1, 8), *range(29), *range(23, 35)]
+    assert context.rope_lengths_T is not None
+    assert context.rope_lengths_T.tolist() == [8] * 8 + [35] * 41
+
+
 @pytest.mark.parametrize("cu_seqlens", [[], [0], [1, 5], [0, 5, 4]])
 def test_bounds_that_are_none(cu_seqlens: list[int]) -> None:
     with pytest.raises(ValueError, match="cu_seqlens"):

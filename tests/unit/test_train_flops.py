@@ -29,13 +29,13 @@ LENGTHS = (1, 7, 16, 3)
 WITHOUT_WINDOW = [case for case in CASES if "window" not in case]
 
 
-def counted(spec: DecoderSpec, lengths: tuple[int, ...]) -> int:
+def counted(spec: DecoderSpec, lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> int:
     """By torch, over a forward and a backward pass; attention by products that it sees."""
     decoder = Decoder(spec)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
     token_ids = torch.randint(0, spec.vocab_size, (sum(lengths),))
-    context = DenseContext([0, *accumulate(lengths)])
+    context = DenseContext([0, *accumulate(lengths)], prefixes)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         hidden_TD = decoder(token_ids, context.positions_T, context)
         decoder.logits(hidden_TD).sum().backward()
@@ -43,7 +43,7 @@ def counted(spec: DecoderSpec, lengths: tuple[int, ...]) -> int:
 
 
 def formula(spec: DecoderSpec, lengths: tuple[int, ...]) -> int:
-    return training_flops(spec, sum(lengths), attended_pairs(spec, lengths))
+    return training_flops(spec, sum(lengths), attended_pairs(spec, zip(lengths, lengths, strict=True)))
 
 
 @pytest.mark.parametrize("case", WITHOUT_WINDOW)
@@ -52,6 +52,12 @@ def test_as_many_as_torch_counts(case: str) -> None:
     assert formula(spec, LENGTHS) == counted(spec, LENGTHS)
     assert formula(spec, (27,)) == counted(spec, (27,))
     assert formula(spec, (27,)) > formula(spec, LENGTHS), "documents do not see each other"
+
+
+def test_keys_that_are_borrowed_count_for_those_who_borrow_them() -> None:
+    spec = spec_from_config(tiny_config("llama-gqa"))
+    pairs = attended_pairs(spec, [(1, 1), (7, 7), (16, 22), (3, 3)])
+    assert training_flops(spec, sum(LENGTHS), pairs) == counted(spec, LENGTHS, (0, 0, 6, 0))
 
 
 @pytest.mark.parametrize("case", ["mistral-window", "qwen2-windows", "qwen3-windows"])
@@ -76,7 +82,7 @@ def test_palm() -> None:
     )  # fmt: skip
     weights = multiplied_weights(spec)
     assert weights == pytest.approx(8.63e9, rel=1e-3)
-    one_row = training_flops(spec, 2048, attended_pairs(spec, [2048]))
+    one_row = training_flops(spec, 2048, attended_pairs(spec, [(2048, 2048)]))
     assert one_row == 2048 * (6 * weights + 12 * 32 * 16 * 256 * 2048)
 
 

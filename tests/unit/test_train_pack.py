@@ -434,9 +434,13 @@ class TestDataset:
         dataset = packed([file], tmp_path / "out", byte_level_directory, Kind.PREFERENCE, 16)
         batch = dataset.micro_batch([3, 1])
         pairs = [dataset.pair(3), dataset.pair(1)]
-        wanted = [pair.prompt + answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+        wanted = [part for p in pairs for part in (p.prompt + p.chosen, p.prompt[-1:] + p.rejected)]
         assert batch.token_ids.tolist() == [list(chain.from_iterable(wanted))]
         assert batch.document_lengths == (tuple(map(len, wanted)),)
+        assert batch.prefixes == [n for pair in pairs for n in (0, len(pair.prompt) - 1)]
+        assert dataset.longest_pair() == max(
+            dataset.micro_batch([sample]).token_ids.numel() for sample in range(len(dataset))
+        )
         assert batch.num_targets == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
         assert batch.sample_ids == (3, 1)
         nothing = dataset.micro_batch([])

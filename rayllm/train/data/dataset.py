@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -78,6 +79,16 @@ class PackedDataset:
         row = table.slice(place, 1).to_pydict()
         return Pair(prompt=row["prompt"][0], chosen=row["chosen"][0], rejected=row["rejected"][0])
 
+    def longest_pair(self) -> int:
+        """The most tokens that a pair takes in a row; all of them are read for it."""
+        longest = 0
+        for number, info in enumerate(self.info.files):
+            with readable(self.directory / info.name):
+                for rows in self._file(number).iter_batches(columns=Kind.PREFERENCE.columns, use_threads=False):
+                    prompt, chosen, rejected = (pc.list_value_length(column).to_numpy() for column in rows.columns)
+                    longest = max(longest, int((prompt + chosen + 1 + rejected).max()))
+        return longest
+
     def prompt(self, sample: int) -> list[int]:
         """Token ids, to be answered."""
         table, place = self._find(sample)
@@ -85,7 +96,7 @@ class PackedDataset:
         return ids
 
     def micro_batch(self, samples: Sequence[int]) -> MicroBatch:
-        """Packed rows as they are, or all pairs in one row: the chosen and the rejected of each, both with the prompt.
+        """Packed rows as they are, or all pairs in one row; see `pair_batch`.
 
         Of no samples one that teaches nothing: what a rank computes that has none left while others have.
         """
@@ -147,17 +158,22 @@ class PackedDataset:
 
 
 def pair_batch(pairs: Sequence[Pair], samples: Sequence[int], pad_token_id: int) -> MicroBatch:
-    """One row of 2 * len(pairs) documents and no padding; the answers are learnt. Of no pairs two tokens."""
-    documents = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    """One row of 2 * len(pairs) documents and no padding; the answers are learnt. Of no pairs two tokens.
+
+    A pair is its prompt with the chosen answer, and the prompt's last token with the rejected one, before which come
+    the prompt's other tokens: the model reads them once. The last one it reads twice, for it predicts two tokens.
+    """
+    documents = [part for pair in pairs for part in ((pair.prompt, pair.chosen), (pair.prompt[-1:], pair.rejected))]
     documents = documents or [([pad_token_id], []), ([pad_token_id], [])]
     ids: list[int] = []
     mask: list[bool] = []
-    for prompt, answer in documents:
-        ids += prompt + answer
-        mask += [False] * len(prompt) + [True] * len(answer)
+    for read, answer in documents:
+        ids += read + answer
+        mask += [False] * len(read) + [True] * len(answer)
     return MicroBatch(
         token_ids=torch.tensor([ids]),
         loss_mask=torch.tensor([mask]),
-        document_lengths=(tuple(len(prompt) + len(answer) for prompt, answer in documents),),
+        document_lengths=(tuple(len(read) + len(answer) for read, answer in documents),),
+        prefix_lengths=(tuple(n for pair in pairs for n in (0, len(pair.prompt) - 1)) or (0, 0),),
         sample_ids=tuple(int(sample) for sample in samples),
     )
