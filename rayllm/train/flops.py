@@ -5,9 +5,9 @@ multiplication and an addition each, forward and backward.
 
 N: weights that are multiplied by (no embedding, no norm, no bias), L layers, H query heads of size E. As there, a query
 counts all S keys although causality hides half, and what is computed twice (recomputation, the logits of a loss) counts
-once; so shares of a peak compare with those of others. Weights that adapters stand beside have no gradient of their
-own: 4 N, and 6 for each weight of an adapter. A token of a packed row counts the keys of its own document, borrowed
-ones too, and no more of them than its layer's window has.
+once; of tokens that predict nothing there are no logits; so shares of a peak compare with those of others. Weights that
+adapters stand beside have no gradient of their own: 4 N, and 6 for each weight of an adapter. A token of a packed row
+counts the keys of its own document, borrowed ones too, and no more of them than its layer's window has.
 """
 
 from collections.abc import Iterable
@@ -37,8 +37,9 @@ def adapter_weights(spec: DecoderSpec, lora: LoraConfig) -> int:
     return spec.num_layers * lora.rank * sum(sides.get(target, hidden + spec.ffn_size) for target in lora.targets)
 
 
-def training_flops(spec: DecoderSpec, tokens: int, pairs: int, *, vocabulary: bool = True, adapters: int = 0) -> int:
-    """Of `tokens` in documents that attend to so many `pairs`. `adapters`: how many weights they have, if they alone
-    learn."""
-    per_token = (4 if adapters else 6) * multiplied_weights(spec, vocabulary=vocabulary) + 6 * adapters
-    return per_token * tokens + 12 * spec.num_heads * spec.head_dim * pairs
+def training_flops(spec: DecoderSpec, tokens: int, pairs: int, predictions: int, *, adapters: int = 0) -> int:
+    """Of `tokens` in documents that attend to so many `pairs`; `predictions`: of how many of them logits are taken.
+    `adapters`: how many weights they have, if they alone learn."""
+    blocks = multiplied_weights(spec, vocabulary=False)
+    products = blocks * tokens + (multiplied_weights(spec) - blocks) * predictions
+    return (4 if adapters else 6) * products + 6 * adapters * tokens + 12 * spec.num_heads * spec.head_dim * pairs

@@ -1,8 +1,8 @@
 """What a loss asks of the last projection: log-probabilities, whether one rank holds the vocabulary or several hold
 parts of it, or a single number: the score of a reward model, the value that a policy expects.
 
-Logits are made some rows at a time and never kept. Letters: T tokens, D hidden, V vocabulary (of this rank), C tokens
-of a chunk.
+Logits are made some rows at a time, of tokens with a target only, and never kept. Letters: T tokens, N of them with a
+target, D hidden, V vocabulary (of this rank), C tokens of a chunk.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class Head:
     def cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """-> the sum of the targets' negative log-probabilities, float32. The same on every rank of the group."""
         if self.group is None:
-            return fused_linear_cross_entropy(hidden_TD, self.weight_VD, targets_T, IGNORE)
+            rows_N = _rows_with_target(targets_T)
+            return fused_linear_cross_entropy(hidden_TD[rows_N], self.weight_VD, targets_T[rows_N], IGNORE)
         return -self.log_probs(hidden_TD, targets_T).sum()
 
     def scores(self, hidden_ND: Tensor) -> Tensor:
@@ -48,8 +49,9 @@ class Head:
 
         Logits are computed once more in the backward pass.
         """
-        log_probs_T: Tensor = _LogProbs.apply(hidden_TD, self.weight_VD, targets_T, self.group)  # type: ignore[no-untyped-call]
-        return log_probs_T
+        rows_N = _rows_with_target(targets_T)
+        log_probs_N: Tensor = _LogProbs.apply(hidden_TD[rows_N], self.weight_VD, targets_T[rows_N], self.group)  # type: ignore[no-untyped-call]
+        return log_probs_N.new_zeros(len(targets_T)).index_copy(0, rows_N, log_probs_N)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -93,6 +95,13 @@ class _LogProbs(torch.autograd.Function):
         if ctx.group is not None:
             dist.all_reduce(dhidden, group=ctx.group)
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
+
+
+def _rows_with_target(targets_T: Tensor) -> Tensor:
+    """Of a conversation half of the rows have none, and the vocabulary's product is a good part of a step. One row at
+    least: what has nothing to learn from has a gradient all the same, zero."""
+    rows_N = (targets_T != IGNORE).nonzero()[:, 0]
+    return rows_N if len(rows_N) else rows_N.new_zeros(1)
 
 
 def _numbers(hidden_TD: Tensor, weight_1D: Tensor) -> Tensor:

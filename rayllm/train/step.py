@@ -65,10 +65,11 @@ class TrainStep:
         """
         batches = [batch.to(self.mesh.device) for batch in batches]
         documents = chain.from_iterable(batch.attended for batch in batches)
-        count, tokens, pairs = self._totals(
+        count, tokens, pairs, predictions = self._totals(
             sum(map(self._objective.count, batches)),
             sum(batch.token_ids.numel() for batch in batches),
             attended_pairs(self._spec, documents),
+            sum(batch.num_targets for batch in batches),
         )
         if count == 0:
             raise DataError("nothing to learn from in a whole step: the loss mask of every sample is empty")
@@ -92,7 +93,7 @@ class TrainStep:
                 self._spec,
                 tokens,
                 pairs,
-                vocabulary=self.trainee.heads is not Heads.SCORE,
+                predictions if self.trainee.heads is not Heads.SCORE else 0,
                 adapters=adapter_weights(self._spec, self.trainee.lora),
             ),
             grad_norm=norm,

@@ -29,8 +29,10 @@ LENGTHS = (1, 7, 16, 3)
 WITHOUT_WINDOW = [case for case in CASES if "window" not in case]
 
 
-def counted(spec: DecoderSpec, lengths: tuple[int, ...], prefixes: tuple[int, ...] = ()) -> int:
-    """By torch, over a forward and a backward pass; attention by products that it sees."""
+def counted(
+    spec: DecoderSpec, lengths: tuple[int, ...], prefixes: tuple[int, ...] = (), predictions: int | None = None
+) -> int:
+    """By torch, over a forward and a backward pass; attention by products that it sees. `predictions` None: of all."""
     decoder = Decoder(spec)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
@@ -38,12 +40,14 @@ def counted(spec: DecoderSpec, lengths: tuple[int, ...], prefixes: tuple[int, ..
     context = DenseContext([0, *accumulate(lengths)], prefixes)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         hidden_TD = decoder(token_ids, context.positions_T, context)
-        decoder.logits(hidden_TD).sum().backward()
+        decoder.logits(hidden_TD[:predictions]).sum().backward()
     return int(counter.get_total_flops())
 
 
 def formula(spec: DecoderSpec, lengths: tuple[int, ...]) -> int:
-    return training_flops(spec, sum(lengths), attended_pairs(spec, zip(lengths, lengths, strict=True)))
+    return training_flops(
+        spec, sum(lengths), attended_pairs(spec, zip(lengths, lengths, strict=True)), predictions=sum(lengths)
+    )
 
 
 @pytest.mark.parametrize("case", WITHOUT_WINDOW)
@@ -57,7 +61,7 @@ def test_as_many_as_torch_counts(case: str) -> None:
 def test_keys_that_are_borrowed_count_for_those_who_borrow_them() -> None:
     spec = spec_from_config(tiny_config("llama-gqa"))
     pairs = attended_pairs(spec, [(1, 1), (7, 7), (16, 22), (3, 3)])
-    assert training_flops(spec, sum(LENGTHS), pairs) == counted(spec, LENGTHS, (0, 0, 6, 0))
+    assert training_flops(spec, sum(LENGTHS), pairs, predictions=20) == counted(spec, LENGTHS, (0, 0, 6, 0), 20)
 
 
 @pytest.mark.parametrize("case", ["mistral-window", "qwen2-windows", "qwen3-windows"])
@@ -82,7 +86,7 @@ def test_palm() -> None:
     )  # fmt: skip
     weights = multiplied_weights(spec)
     assert weights == pytest.approx(8.63e9, rel=1e-3)
-    one_row = training_flops(spec, 2048, attended_pairs(spec, [(2048, 2048)]))
+    one_row = training_flops(spec, 2048, attended_pairs(spec, [(2048, 2048)]), predictions=2048)
     assert one_row == 2048 * (6 * weights + 12 * 32 * 16 * 256 * 2048)
 
 
@@ -107,7 +111,9 @@ def test_a_step_counts_those_of_all_ranks_once(ranks: Ranks, layout: LayoutConfi
     [trained, *_] = ranks.run(layout.world, train_ranks.train, tmp_path / "start", layout, OPTIMIZER, [batches], {})
     spec = spec_from_config(tiny_config("qwen3-bias-tied", vocab_size=VOCAB, num_key_value_heads=2))
     lengths = tuple(length for batch in batches for row in batch.document_lengths for length in row)
-    assert trained.reports[0].flops == counted(spec, lengths)
+    targets = sum(batch.num_targets for batch in batches)
+    assert 0 < targets < sum(lengths)
+    assert trained.reports[0].flops == counted(spec, lengths, predictions=targets)
 
 
 @pytest.mark.parametrize(
