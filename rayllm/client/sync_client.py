@@ -104,7 +104,7 @@ class Client:
                 time.sleep(attempts.pause_after(failure))
 
     def abort(self, request_id: str) -> bool:
-        """False: no such request is live."""
+        """False: no such request is live. Raises EngineUnavailableError also when a replica does not say."""
         response: pb.AbortResponse = _call(self._stub.Abort, pb.AbortRequest(request_id=request_id), self._timeout_s)
         return response.aborted
 

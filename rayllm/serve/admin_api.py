@@ -13,6 +13,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from rayllm.core.errors import InvalidRequestError, PermissionDeniedError
+from rayllm.core.tokenizer import check_text
 from rayllm.serve.admin_key import VARIABLE
 from rayllm.serve.http_reply import Reply
 from rayllm.serve.openai_response import DONE, event
@@ -46,8 +47,10 @@ class AdminFace:
     async def promote(self) -> Response:
         async def work(reply: Reply) -> None:
             wire = parse(PromoteRequest, await reply.read_body())
-            if wire.gate is not None and not wire.gate.strip():
-                raise InvalidRequestError("gate", "holds no text")
+            if wire.gate is not None:
+                check_text(wire.gate, "gate")
+                if not wire.gate.strip():
+                    raise InvalidRequestError("gate", "holds no text")
             events = self._promoter.promote(Path(wire.checkpoint), share=wire.canary, gate=wire.gate)
             await reply.while_connected(_send(reply, events))
 

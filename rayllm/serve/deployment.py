@@ -56,10 +56,11 @@ class InferenceReplica(InferenceServicer):
             model=config.served_model,
             max_request_s=config.max_request_s,
             replica=replica,
+            abort_everywhere=None if self._routed is None else self._routed.abort_everywhere,
         )
         service.metrics.export_to(RaySink())
         if self._routed is not None:
-            self._routed.report_to(service.metrics)
+            self._routed.attach(service)
         super().__init__(service)
         self._keeper = WeightKeeper(self._engine, store, replica)
         self._admin = AdminFace(service, Promoter(prepared, store))

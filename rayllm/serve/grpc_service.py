@@ -84,7 +84,7 @@ class InferenceServicer:
             request_id = grpc_messages.parse(pb.AbortRequest, request).request_id
             if not request_id:
                 raise InvalidRequestError("request_id", "is missing")
-            return pb.AbortResponse(aborted=self._service.abort(request_id))
+            return pb.AbortResponse(aborted=await self._service.abort(request_id))
 
         return await _unary(grpc_context, pb.AbortResponse, work)
 

@@ -12,8 +12,9 @@ And of a replica that dies over a request, HAProxy says nothing at all if the co
 request before: it closes the client's, who should have known that kept connections end. So each HTTP request has a
 connection of its own from HAProxy to the replica.
 
-Requests go round: by least connections, Serve's default, those of one client sometimes all went to the same replica.
-Replicas send on what another one is better for.
+Requests go round. By least connections, Serve's default, a client that asks one thing after another while others have
+long answers stays at one replica: the one that has just answered it has the fewest again. Of a canary it would see
+nothing, or nothing else. Replicas send on what another one is better for.
 """
 
 import ctypes

@@ -16,13 +16,25 @@ import msgspec
 from rayllm.core.errors import RayLLMError
 from rayllm.core.types import Request
 from rayllm.engine.outputs import OutputDelta
-from rayllm.serve.peer_messages import MAX_MESSAGE_BYTES, Done, Failed, Piece, Run, Watch, decode_reply, encode
+from rayllm.serve.peer_messages import (
+    MAX_MESSAGE_BYTES,
+    Abort,
+    Aborted,
+    Done,
+    Failed,
+    Piece,
+    Run,
+    Watch,
+    decode_reply,
+    encode,
+)
 from rayllm.serve.replica_state import SILENCE_S, ReplicaState, ReplicaView
 from rayllm_cluster.errors import FrameError, HandshakeError, PeerClosedError
 from rayllm_cluster.streams import FrameStream, connect
 
 logger = logging.getLogger(__name__)
 
+ABORT_S: Final = 2.0  # for a peer to say whether it has aborted a request
 _AGAIN_S: Final = 1.0  # after a connection was lost or refused
 _MAX_IDLE: Final = 64  # connections that are kept
 
@@ -125,6 +137,23 @@ class Peer:
             return False
         sent.end(error)
         return True
+
+    async def abort(self, request_id: str) -> bool | None:
+        """Ends the request that its client knows by this id, if it came in there: whether it was live. None: the peer
+        does not say so within ABORT_S."""
+        stream = None
+        try:
+            async with asyncio.timeout(ABORT_S):
+                stream = await self._stream()
+                await stream.send(encode(Abort(request_id)))
+                reply = decode_reply(await stream.recv())
+        except (HandshakeError, PeerClosedError, FrameError, TimeoutError, msgspec.DecodeError):
+            if stream is not None:
+                stream.close()
+            return None
+        assert isinstance(reply, Aborted), "another answer than to an abort"
+        self._put_back(stream)
+        return reply.was_live
 
     async def _watch(self) -> None:
         stream = await self._connect()

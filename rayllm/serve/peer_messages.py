@@ -46,6 +46,12 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
         return replace(self.request, request_id=request_id, deadline=deadline)
 
 
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Ends the request that its client knows by this id, if it came in there."""
+
+    request_id: str
+
+
 class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
     delta: OutputDelta
 
@@ -81,8 +87,14 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
         return _PLAIN.get(self.code, RayLLMError)(self.message)
 
 
-Question = Watch | Run
-Reply = ReplicaState | Piece | Done | Failed
+class Aborted(msgspec.Struct, frozen=True, tag="aborted", array_like=True):
+    """`was_live`: such a request had come in there, and has ended now."""
+
+    was_live: bool
+
+
+Question = Watch | Run | Abort
+Reply = ReplicaState | Piece | Done | Failed | Aborted
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode

@@ -17,7 +17,7 @@ from rayllm.core.errors import EngineUnavailableError, RayLLMError
 from rayllm.core.types import Request
 from rayllm.engine.outputs import OutputDelta
 from rayllm.serve.local_state import LocalState
-from rayllm.serve.peer_messages import Done, Failed, Piece, Run, decode_question, encode
+from rayllm.serve.peer_messages import Abort, Aborted, Done, Failed, Piece, Question, Run, decode_question, encode
 from rayllm.serve.replica_state import Keys
 from rayllm_cluster.errors import FrameError, PeerClosedError
 from rayllm_cluster.streams import FrameStream
@@ -31,9 +31,11 @@ Answer = Callable[[Request, int], AsyncGenerator[OutputDelta, None]]
 
 
 class PeerServer:
-    def __init__(self, answer: Answer, state: LocalState) -> None:
-        """`answer`: runs a request here, of whose prompt so many tokens are thought to be in the cache."""
+    def __init__(self, answer: Answer, abort: Callable[[str], bool], state: LocalState) -> None:
+        """`answer`: runs a request here, of whose prompt so many tokens are thought to be in the cache. `abort`: ends a
+        request that came in here, and says whether it was live."""
         self._answer = answer
+        self._abort = abort
         self._state = state
         self._streams: dict[str, set[FrameStream]] = defaultdict(set)  # by peer
         self._serial = count()
@@ -49,8 +51,7 @@ class PeerServer:
             while True:
                 question = decode_question(await coming)
                 coming = asyncio.create_task(stream.recv())
-                work = self._run(stream, question) if isinstance(question, Run) else self._tell(stream)
-                await _while_nothing_comes(coming, work)
+                await _while_nothing_comes(coming, self._work(stream, question))
         except PeerClosedError:
             return
         except (FrameError, msgspec.DecodeError) as error:
@@ -72,6 +73,15 @@ class PeerServer:
     async def idle(self) -> None:
         """Returns when nothing runs for a peer."""
         await self._idle.wait()
+
+    async def _work(self, stream: FrameStream, question: Question) -> None:
+        match question:
+            case Run():
+                await self._run(stream, question)
+            case Abort(request_id):
+                await stream.send(encode(Aborted(self._abort(request_id))))
+            case _:
+                await self._tell(stream)
 
     async def _tell(self, stream: FrameStream) -> None:
         told: Keys = frozenset()

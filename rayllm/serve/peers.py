@@ -42,13 +42,18 @@ class Peers:
     def all(self) -> list[Peer]:
         return [peer for peer, _ in self._peers.values()]
 
+    async def listed(self) -> list[Peer]:
+        """With those that have just joined. Raises RayError."""
+        self._update(await asyncio.to_thread(self._directory.replicas))
+        return self.all()
+
     async def follow(self) -> None:
         """Until it is cancelled."""
         looks = 0
         try:
             while True:
                 try:
-                    self._update(await asyncio.to_thread(self._directory.replicas))
+                    await self.listed()
                     looks += 1
                     if looks % _CLEAN_EVERY == 0 and len(self.known()) < len(self._peers):
                         await asyncio.to_thread(self._directory.clean)

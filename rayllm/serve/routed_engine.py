@@ -9,9 +9,12 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from typing import Any
+
+from ray.exceptions import RayError
 
 from rayllm.core.errors import (
     CapacityError,
@@ -24,13 +27,14 @@ from rayllm.core.types import MAX_SEED, Request
 from rayllm.engine.async_engine import LATE, AsyncEngine, EngineStats
 from rayllm.engine.outputs import OutputDelta
 from rayllm.serve.local_state import LocalState
-from rayllm.serve.metrics import PEER_FAILURES, ROUTED, Metrics
-from rayllm.serve.peer import Peer, PeerLostError
+from rayllm.serve.metrics import PEER_FAILURES, ROUTED
+from rayllm.serve.peer import ABORT_S, Peer, PeerLostError
 from rayllm.serve.peer_messages import MAX_MESSAGE_BYTES
 from rayllm.serve.peer_server import PeerServer
 from rayllm.serve.peers import Directory, Peers
 from rayllm.serve.replica_state import MAX_PROMPT_BLOCKS, prefix_keys
 from rayllm.serve.routing import Candidate, decide
+from rayllm.serve.service import InferenceService
 from rayllm_cluster import streams
 
 logger = logging.getLogger(__name__)
@@ -64,16 +68,17 @@ class RoutedEngine:
         self._name = name
         self._key = key
         self._policy = policy
-        self._metrics: Metrics | None = None
+        self._service: InferenceService | None = None
         self._random = random.Random()
-        self._peer_server = PeerServer(self._answer_here, state)
+        self._peer_server = PeerServer(self._answer_here, self._abort_here, state)
         self._peers = Peers(directory, own_name=name, key=key, lost=self._peer_server.drop)
         self._server: asyncio.Server | None = None
         self._following: asyncio.Task[None] | None = None
+        self._asking: set[asyncio.Task[bool | None]] = set()
 
-    def report_to(self, metrics: Metrics) -> None:
-        """Decisions and failures are counted there from now on."""
-        self._metrics = metrics
+    def attach(self, service: InferenceService) -> None:
+        """To what clients reach of this replica: it knows their requests by their ids, and counts what happens here."""
+        self._service = service
 
     async def start(self, host: str) -> None:
         """`host`: this node's address as its peers reach it. Before, and without peers, all is answered here."""
@@ -129,6 +134,21 @@ class RoutedEngine:
         sent_on = any(peer.end(request_id, error) for peer in self._peers.all())
         return sent_on or self._engine.abort(request_id, message)
 
+    async def abort_everywhere(self, request_id: str) -> bool:
+        """End the request that its client knows by this id at whichever replicas it came in, and so wherever it runs.
+        False: it is live nowhere. Returns when the first of them had it; the others are asked all the same.
+
+        Raises EngineUnavailableError when none says that it had it and one says nothing, after twice `ABORT_S` at most.
+        """
+        was_live = self._abort_here(request_id)
+        elsewhere = self._ask(self._abort_elsewhere(request_id))
+        if was_live:
+            return True
+        if (answer := await elsewhere) is None:
+            problem = f"a replica does not say whether it has request {request_id}, and no other one has it"
+            raise EngineUnavailableError(problem, retry_after_s=1.0)
+        return answer
+
     @property
     def weight_version(self) -> str:
         return self._engine.weight_version
@@ -160,9 +180,9 @@ class RoutedEngine:
         chosen = next(each for each in candidates if each.name == decision.replica)
         peer = peers.get(chosen.name)
         self._expect(peer, request, keys, chosen.cached_tokens)
-        if self._metrics is not None:
+        if self._service is not None:
             where = "here" if peer is None else "peer"
-            self._metrics.count(ROUTED, {"reason": decision.reason.value, "target": where})
+            self._service.metrics.count(ROUTED, {"reason": decision.reason.value, "target": where})
         return _Route(peer, chosen.cached_tokens)
 
     def _candidate(self, peer: Peer, keys: Sequence[bytes]) -> Candidate:
@@ -207,10 +227,35 @@ class RoutedEngine:
             if timer is not None:
                 timer.cancel()
 
+    def _abort_here(self, request_id: str) -> bool:
+        return self._service is not None and self._service.abort_here(request_id)
+
+    async def _abort_elsewhere(self, request_id: str) -> bool | None:
+        """None: nobody says that it was live, and one says nothing."""
+        answers: set[bool | None] = set()
+        try:
+            async with asyncio.timeout(ABORT_S):
+                peers = await self._peers.listed()
+        except (RayError, TimeoutError):
+            peers = self._peers.all()
+            answers.add(None)
+        for answer in asyncio.as_completed([self._ask(peer.abort(request_id)) for peer in peers]):
+            answers.add(await answer)
+            if True in answers:
+                return True
+        return None if None in answers else False
+
+    def _ask(self, question: Coroutine[Any, Any, bool | None]) -> "asyncio.Task[bool | None]":
+        """A task that is done whether or not somebody waits for it."""
+        task = asyncio.create_task(question)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return task
+
     def _failed(self, peer: Peer, kind: str, error: PeerLostError | RayLLMError) -> None:
         logger.info("replica %s did not answer a request (%s), which goes on here", peer.name, error)
-        if self._metrics is not None:
-            self._metrics.count(PEER_FAILURES, {"kind": kind})
+        if self._service is not None:
+            self._service.metrics.count(PEER_FAILURES, {"kind": kind})
 
 
 class _Answer:

@@ -8,7 +8,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -127,7 +127,8 @@ class Generation:
 class InferenceService:
     """`model` is the name clients use. `max_request_s` bounds how long any
     request may take: the last resort against one whose client is gone without the server hearing of it. `replica` tells
-    this replica from others in the metrics."""
+    this replica from others in the metrics. `abort_everywhere` does what `abort` says; without it there are no
+    other replicas."""
 
     def __init__(
         self,
@@ -136,6 +137,7 @@ class InferenceService:
         model: str,
         max_request_s: float,
         replica: str | None = None,
+        abort_everywhere: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self.model = model
         self.started = int(time.time())
@@ -146,6 +148,7 @@ class InferenceService:
         self.recent_ttft = RecentTtft()
         self._engine = engine
         self._max_request_s = max_request_s
+        self._abort_everywhere = abort_everywhere
         self._live: dict[str, Generation] = {}
         self._serial = count()
 
@@ -226,8 +229,15 @@ class InferenceService:
             self.metrics.ended(face, outcome)
             self.metrics.observe(DURATION, face, time.monotonic() - generation.arrival)
 
-    def abort(self, request_id: str) -> bool:
-        """False: no such request is live."""
+    async def abort(self, request_id: str) -> bool:
+        """At whichever replica it came in. False: no such request is live. Raises EngineUnavailableError when that
+        cannot be told."""
+        if self._abort_everywhere is None:
+            return self.abort_here(request_id)
+        return await self._abort_everywhere(request_id)
+
+    def abort_here(self, request_id: str) -> bool:
+        """If it came in at this replica, wherever it runs. False: no such request is live."""
         generation = self._live.get(request_id)
         return generation is not None and self._abort(generation, f"request {request_id} was aborted")
 

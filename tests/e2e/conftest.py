@@ -69,8 +69,9 @@ class Server:
         self.engine.check_integrity()
 
     async def running(self, count: int = 1) -> None:
-        while self.engine.stats().running < count:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            while self.engine.stats().running < count:
+                await asyncio.sleep(0.001)
 
 
 def as_serve_does(servicer: InferenceServicer) -> object:
@@ -101,9 +102,10 @@ def as_serve_does(servicer: InferenceServicer) -> object:
 
 async def start(engine: AsyncEngine, model: Path, routed: RoutedEngine | None = None) -> AsyncIterator[Server]:
     """`model`: what the engine has loaded; `routed`: the engine among its peers, if it has any."""
-    service = InferenceService(routed or engine, model=MODEL, max_request_s=60.0)
+    everywhere = None if routed is None else routed.abort_everywhere
+    service = InferenceService(routed or engine, model=MODEL, max_request_s=60.0, abort_everywhere=everywhere)
     if routed is not None:
-        routed.report_to(service.metrics)
+        routed.attach(service)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(build_http_app(service), log_level="critical", lifespan="off")

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayllm.client import AsyncClient, Client
+from rayllm.core.errors import RequestAbortedError
 from rayllm.core.types import SamplingParams
 from tests.e2e.endpoint import Endpoint, start
 
@@ -123,6 +124,19 @@ def test_without_a_common_beginning_both_replicas_work(endpoint):
 
     by = answered_by(endpoint, ask)
     assert min(by.values()) > 0.2 * sum(by.values()), by
+
+
+def test_abort_reaches_a_request_wherever_the_proxy_sends_either(endpoint):
+    acquainted(endpoint)
+    params = SamplingParams(max_tokens=300, temperature=0.0, ignore_eos=True)
+    with Client(endpoint.grpc_address) as client:
+        for i in range(12):
+            chunks = client.stream(secrets.token_hex(8), params, model=MODEL, request_id=f"{i}", session_id=f"{i}")
+            next(chunks)
+            assert client.abort(f"{i}")
+            with pytest.raises(RequestAbortedError, match=f"request {i} was aborted"):
+                list(chunks)
+            assert not client.abort(f"{i}")
 
 
 async def test_a_killed_replica_is_survived(endpoint):

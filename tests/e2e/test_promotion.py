@@ -141,7 +141,9 @@ def test_a_gate_lets_through_what_is_as_good(endpoint, cache, expected, other_mo
     """The text is the running weights' own: nothing is more likely to them, and other weights cannot say it as well."""
     old, _, near = expected
     gate = tmp_path / "gate.txt"
-    gate.write_text("".join(ask(endpoint.url, PROMPTS[0], max_tokens=400, temperature=0)["choices"][0]["text"]))
+    answer = ask(endpoint.url, PROMPTS[0], max_tokens=400, temperature=0)
+    assert answer["system_fingerprint"] == old, "other weights say other things, NUL among them, which no text may hold"
+    gate.write_text(answer["choices"][0]["text"])
     with clients(endpoint, expected) as named:
         told = rayllm(endpoint, cache, "promote", other_model, "--gate", gate, status=1)
         assert "more than 1% above" in told

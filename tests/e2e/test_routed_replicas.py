@@ -16,6 +16,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import RayError
 
 from rayllm.client import AsyncClient
 from rayllm.client.codec import generate_request
@@ -23,7 +24,9 @@ from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, Scheduler
 from rayllm.core.types import SamplingParams
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.proto.v1 import inference_pb2 as pb
+from rayllm.serve import peers
 from rayllm.serve.local_state import LocalState
+from rayllm.serve.peer import ABORT_S
 from rayllm.serve.replica_state import SILENCE_S
 from rayllm.serve.routed_engine import RoutedEngine
 from rayllm.serve.routing import Candidate, decide
@@ -95,9 +98,9 @@ class Pair:
         )
 
 
-def session_of(name: str, salt: str = "") -> str:
+def session_of(name: str, salt: str = "", among: str = "ab") -> str:
     """One that is the replica's."""
-    candidates = [Candidate(name="a"), Candidate(name="b")]
+    candidates = [Candidate(name=each) for each in among]
     for i in range(1000):
         session = f"{salt}{i}"
         decision = decide(
@@ -110,21 +113,27 @@ def session_of(name: str, salt: str = "") -> str:
 
 @asynccontextmanager
 async def pair(model: Path, **scheduler: int) -> AsyncIterator[Pair]:
+    async with started("ab", model, **scheduler) as replicas:
+        both = Pair(*replicas)
+        await both.acquainted()
+        yield both
+
+
+@asynccontextmanager
+async def started(names: str, model: Path, **scheduler: int) -> AsyncIterator[list[Replica]]:
+    """One after the other, and they need not have found each other."""
     config = EngineConfig(
         model=ModelConfig(model=str(model)),
         cache=CacheConfig(num_blocks=200),
         scheduler=SchedulerConfig(**scheduler),
     )
-    relays = {"a": Relay(), "b": Relay()}
+    relays = {name: Relay() for name in names}
     table, key = Table(relays), secrets.token_bytes(32)
     async with AsyncExitStack() as stack:
         for relay in relays.values():
             await relay.start()
             stack.push_async_callback(relay.close)
-        replicas = [await stack.enter_async_context(_replica(name, config, model, table, key)) for name in "ab"]
-        both = Pair(*replicas)
-        await both.acquainted()
-        yield both
+        yield [await stack.enter_async_context(_replica(name, config, model, table, key)) for name in names]
 
 
 @asynccontextmanager
@@ -367,14 +376,116 @@ async def test_a_deadline_holds_whatever_the_peer_does(both: Pair, is_stopped: b
     both.b.relay.go_on()
 
 
-async def test_abort_reaches_the_peer(both: Pair):
-    call = both.a.server.grpc.GenerateStream(message(prompt(), LONG, session_of("b"), request_id="mine"))
-    await both.b.server.running()
-    assert (await both.a.server.grpc.Abort(pb.AbortRequest(request_id="mine"))).aborted
-    with pytest.raises(grpc.aio.AioRpcError, match="request mine was aborted") as aborted:
+async def abort(replica: Replica, request_id: str) -> bool:
+    return (await replica.server.grpc.Abort(pb.AbortRequest(request_id=request_id))).aborted
+
+
+def long_stream(replica: Replica, *, at: str, request_id: str = "mine") -> Any:
+    """A call that comes in at `replica` and runs at the one of this name."""
+    return replica.server.grpc.GenerateStream(message(prompt(), LONG, session_of(at), request_id=request_id))
+
+
+async def is_aborted(call: Any, request_id: str = "mine") -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=f"request {request_id} was aborted") as aborted:
         await _to_the_end(call)
     assert aborted.value.code() is grpc.StatusCode.CANCELLED
-    assert not (await both.a.server.grpc.Abort(pb.AbortRequest(request_id="mine"))).aborted
+    assert aborted.value.trailing_metadata()["error-code"] == "aborted"
+
+
+@pytest.mark.parametrize("runs_at", ["a", "b"])
+@pytest.mark.parametrize("asked", ["a", "b"])
+async def test_abort_reaches_a_request_wherever_it_runs(both: Pair, asked: str, runs_at: str):
+    call = long_stream(both.a, at=runs_at)
+    await getattr(both, runs_at).server.running()
+    assert await abort(getattr(both, asked), "mine")
+    await is_aborted(call)
+    for replica in (both.a, both.b):
+        assert not await abort(replica, "mine")
+
+
+@pytest.mark.parametrize("runs_at", ["a", "b"])
+async def test_abort_at_the_peer_reaches_an_http_request(both: Pair, runs_at: str):
+    asked = body("", LONG, session_of(runs_at)) | {"prompt": [prompt(), prompt()], "request_id": "mine"}
+    answering = asyncio.create_task(both.a.server.http.post("/v1/completions", json=asked))
+    await getattr(both, runs_at).server.running(2)
+    assert await abort(both.b, "mine")
+    response = await answering
+    assert (response.status_code, response.json()["error"]["code"]) == (499, "aborted")
+
+
+async def test_one_abort_ends_all_requests_of_the_id(both: Pair):
+    """Replicas do not ask each other whether an id is in use."""
+    calls = [long_stream(both.a, at="a"), long_stream(both.b, at="b"), long_stream(both.b, at="b", request_id="other")]
+    await both.a.server.running()
+    await both.b.server.running(2)
+    assert await abort(both.a, "mine")
+    await is_aborted(calls[0])
+    await is_aborted(calls[1])
+    assert await abort(both.a, "other")
+    await is_aborted(calls[2], "other")
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["ended", "stands still"])
+async def test_abort_beside_a_peer_that_is_lost(both: Pair, is_stopped: bool):
+    """What is found is aborted at once; that nothing is live cannot be said."""
+    call = long_stream(both.a, at="a")
+    await both.a.server.running()
+    if is_stopped:
+        both.b.relay.stop()
+    else:
+        both.b.relay.cut()
+    begun = time.monotonic()
+    assert await abort(both.a, "mine")
+    assert time.monotonic() - begun < ABORT_S / 2
+    await is_aborted(call)
+    with pytest.raises(grpc.aio.AioRpcError, match="a replica does not say whether it has request mine") as unknown:
+        await abort(both.a, "mine")
+    assert unknown.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert time.monotonic() - begun < ABORT_S + 1
+    if is_stopped:
+        both.b.relay.go_on()
+    else:
+        await both.b.relay.start()
+
+
+async def test_abort_finds_one_replica_while_another_stands_still(tiny_model: Path):
+    async with started("abc", tiny_model) as (a, b, c):
+        await Pair(a, b).acquainted()
+        await Pair(a, c).acquainted()
+        await Pair(b, c).acquainted()
+        session = session_of("b", among="abc")
+        call = b.server.grpc.GenerateStream(message(prompt(), LONG, session, request_id="mine"))
+        await b.server.running()
+        c.relay.stop()
+        begun = time.monotonic()
+        assert await abort(a, "mine")
+        assert time.monotonic() - begun < ABORT_S / 2
+        await is_aborted(call)
+        c.relay.go_on()
+
+
+async def test_abort_finds_a_replica_that_has_just_joined(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "_LOOK_S", 60.0)
+    async with started("ab", tiny_model) as (a, b):
+        assert not a.routed._peers.all()
+        call = b.server.grpc.GenerateStream(message(prompt(), LONG, session_of("b"), request_id="mine"))
+        await b.server.running()
+        assert await abort(a, "mine")
+        await is_aborted(call)
+
+
+async def test_abort_when_the_directory_is_away(both: Pair, monkeypatch: pytest.MonkeyPatch):
+    def away(_: Table) -> dict[str, Any]:
+        raise RayError
+
+    monkeypatch.setattr(Table, "replicas", away)
+    call = long_stream(both.b, at="b")
+    await both.b.server.running()
+    assert await abort(both.a, "mine")
+    await is_aborted(call)
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await abort(both.a, "mine")
+    assert unknown.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("params", [*PARAMS.values(), LONG], ids=[*PARAMS, "long"])

@@ -5,8 +5,10 @@ import os
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -53,15 +55,28 @@ def test_what_serve_starts_is_haproxy(tmp_path: Path) -> None:
     assert b"haproxy.cfg:1]" in run.stderr, "it is HAProxy that reads its configuration"
 
 
+class Server(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Replica)
+        self.asked = threading.Event()
+        self.may_answer = threading.Event()
+
+
 class Replica(BaseHTTPRequestHandler):
-    """Keeps its connections; dies of what is posted."""
+    """Keeps its connections; dies of what is posted; answers `/long` when it may."""
 
     protocol_version = "HTTP/1.1"
+    server: Server
 
     def do_GET(self) -> None:
+        if self.path == "/long":
+            self.server.asked.set()
+            self.server.may_answer.wait()
+        name = str(self.server.server_port).encode()
         self.send_response(200)
-        self.send_header("content-length", "0")
+        self.send_header("content-length", str(len(name)))
         self.end_headers()
+        self.wfile.write(name)
 
     def do_POST(self) -> None:
         self.close_connection = True
@@ -70,10 +85,12 @@ class Replica(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def haproxy_before_a_replica(directory: Path) -> Iterator[str]:
-    """HAProxy as Serve configures and starts it; -> its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Replica) as replica:
-        threading.Thread(target=replica.serve_forever, daemon=True).start()
+def haproxy_before(directory: Path, count: int = 1) -> Iterator[tuple[str, list[Server]]]:
+    """HAProxy as Serve configures and starts it; -> its address, and the replicas."""
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(Server()) for _ in range(count)]
+        for replica in replicas:
+            threading.Thread(target=replica.serve_forever, daemon=True).start()
         port, metrics = free_ports(2)
         settings = HAProxyConfig(
             socket_path=str(directory / "admin.sock"),
@@ -84,8 +101,8 @@ def haproxy_before_a_replica(directory: Path) -> Iterator[str]:
             error_file_path=str(directory / "500.http"),
         )
         settings.http_options.host, settings.http_options.port = "127.0.0.1", port
-        server = ServerConfig("replica", "127.0.0.1", replica.server_port)
-        api = HAProxyApi(settings, {"app": BackendConfig("app", "/", servers=[server])}, str(directory / "haproxy.cfg"))
+        servers = [ServerConfig(f"replica{each.server_port}", "127.0.0.1", each.server_port) for each in replicas]
+        api = HAProxyApi(settings, {"app": BackendConfig("app", "/", servers=servers)}, str(directory / "haproxy.cfg"))
         (directory / "500.http").write_text("HTTP/1.1 500 Internal Server Error")
         api._generate_config_file_internal()
         process = subprocess.Popen([_haproxy(directory), "-db", "-f", directory / "haproxy.cfg"])
@@ -99,18 +116,19 @@ def haproxy_before_a_replica(directory: Path) -> Iterator[str]:
                     assert process.poll() is None
                     assert time.monotonic() < give_up
                     time.sleep(0.05)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", replicas
         finally:
             process.terminate()
             process.wait(timeout=10)
-            replica.shutdown()
+            for replica in replicas:
+                replica.shutdown()
 
 
 @pytest.mark.parametrize("asked_before", [False, True], ids=["a new client", "a client that has had answers"])
 def test_a_replica_that_dies_over_a_request_is_told(tmp_path: Path, asked_before: bool) -> None:
     """And not by a connection closed without a word, which is what HAProxy does to a request on a connection that has
     carried another one to the replica."""
-    with haproxy_before_a_replica(tmp_path) as url, httpx.Client(base_url=url) as client:
+    with haproxy_before(tmp_path) as (url, _), httpx.Client(base_url=url) as client:
         for _ in range(4 * asked_before):
             client.get("/x").raise_for_status()
         for _ in range(4):
@@ -119,3 +137,18 @@ def test_a_replica_that_dies_over_a_request_is_told(tmp_path: Path, asked_before
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "unavailable"
     assert answer.headers["retry-after"] == "1"
+
+
+def test_a_client_reaches_both_replicas_beside_a_long_answer(tmp_path: Path) -> None:
+    """By least connections it would stay at the one that has none."""
+    with haproxy_before(tmp_path, 2) as (url, replicas), ThreadPoolExecutor(1) as pool:
+        long = pool.submit(httpx.get, f"{url}/long", timeout=60)
+        try:
+            while not any(replica.asked.wait(0.01) for replica in replicas):
+                pass
+            by = Counter(httpx.get(f"{url}/x").text for _ in range(8))
+        finally:
+            for replica in replicas:
+                replica.may_answer.set()
+        long.result().raise_for_status()
+    assert by == {str(replica.server_port): 4 for replica in replicas}

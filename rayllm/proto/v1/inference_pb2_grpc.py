@@ -87,7 +87,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a live request, whichever face it came by; its blocks are free at once.
+        """Ends a live request, whichever face it came by and whichever replica it came to; its blocks are free at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
