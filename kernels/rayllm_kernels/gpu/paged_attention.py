@@ -76,7 +76,7 @@ CONFIGS: dict[tuple[bool, int], tuple[Config, ...]] = {
 INT8_PREFILL = {
     64: (_prefill(_PREFILL_ROWS, 64, 8, 5), _prefill(64, 64, 4, 5)),
     128: (_prefill(_PREFILL_ROWS, 32, 8, 7), _prefill(_PREFILL_ROWS, 64, 8, 3)),
-    256: (_prefill(_PREFILL_ROWS, 16, 8, 3), _prefill(64, 16, 4, 5)),
+    256: (_prefill(64, 16, 8, 5), _prefill(_PREFILL_ROWS, 16, 8, 3)),
 }
 # 32-bit products run on the ordinary cores; it is there for checks, not for speed.
 _FLOAT32 = Config(block_m=_DECODE_ROWS, tile=16, num_warps=4, num_stages=1)
@@ -114,6 +114,10 @@ class Problem:
         programs without work, which are most of them in prefill, stay few.
         """
         return 1 if self.decode else 4
+
+    @property
+    def join_warps(self) -> int:
+        return 8 if _padded(self.head_dim) == 256 and not self.decode else 4
 
     def _common(self) -> dict[str, object]:
         return {
@@ -234,7 +238,7 @@ def launch(
             context_lens_B,
             *limits,
             **problem.join_constexprs(),
-            num_warps=4,
+            num_warps=problem.join_warps,
         )
 
 
@@ -353,7 +357,7 @@ def _spec_join(config: Config, *, decode: bool, head_dim: int, dtype: str, windo
         signature=pointers | {"starts": "*i32", "contexts": "*i32"} | scalars | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         aligned=tuple(pointers),
-        num_warps=4,
+        num_warps=problem.join_warps,
         num_stages=3,  # what a launch that names none gets
         expects=frozenset(),
     )
