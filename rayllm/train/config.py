@@ -276,6 +276,19 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MlflowConfig:
+    """`tracking_uri`: of the MLflow server that is told of the run, or whatever else MLflow takes for one; "": none.
+    `experiment`: made where there is none of that name."""
+
+    tracking_uri: str = ""
+    experiment: str = "Default"
+
+    def __post_init__(self) -> None:
+        if not self.tracking_uri and self.experiment != "Default":
+            raise ConfigError("mlflow.tracking_uri: names no server")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """`run`: the folder that takes checkpoints and metrics; on a cluster one that all nodes share. A run that is
     started again goes on from its last checkpoint. `restarts`: how often it does so by itself where a worker is lost.
@@ -294,6 +307,7 @@ class TrainConfig:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     restarts: int = 3
 
     def __post_init__(self) -> None:

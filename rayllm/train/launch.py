@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import msgspec
 
 from rayllm.core.errors import RayLLMError, TrainingError
 from rayllm.train.config import TrainConfig
+from rayllm.train.mlflow import MlflowRun
 from rayllm.train.progress import Progress, read_progress
 from rayllm.train.recipes import RECIPES
 from rayllm.train.samples import sample_after, sample_before
@@ -49,14 +50,15 @@ def launch(
     Raises what `check` does, before any worker starts; TrainingError if the run fails more often than it may.
     """
     check(config, RECIPES[recipe])
-    sample_before(config)
-    try:
-        session = Session.start(address=address, num_cpus=config.layout.world + 1)
-    except SessionError as error:
-        raise TrainingError(str(error)) from error
-    with session, _watched(Path(config.run), on_progress):
-        _run(config, recipe)
-    sample_after(config)
+    with MlflowRun(config, recipe) if config.mlflow.tracking_uri else nullcontext():
+        sample_before(config)
+        try:
+            session = Session.start(address=address, num_cpus=config.layout.world + 1)
+        except SessionError as error:
+            raise TrainingError(str(error)) from error
+        with session, _watched(Path(config.run), on_progress):
+            _run(config, recipe)
+        sample_after(config)
 
 
 def _run(config: TrainConfig, recipe: str) -> None:

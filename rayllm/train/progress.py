@@ -61,8 +61,7 @@ class ProgressWriter:
     def add(self, progress: Progress) -> None:
         self._rows.append(progress)
         _replace(self._run / _PROGRESS, msgspec.json.encode(progress))
-        figures = {name: value for name, value in _flat(progress).items() if name not in _NO_FIGURES}
-        self._events.add(progress.step, {name: value for name, value in figures.items() if value is not None})
+        self._events.add(progress.step, figures(progress))
         if time.monotonic() - self._flushed > _FLUSH_S:
             self.flush()
 
@@ -79,6 +78,12 @@ class ProgressWriter:
     def close(self) -> None:
         self.flush()
         self._events.close()
+
+
+def figures(progress: Progress) -> dict[str, float]:
+    """What there is to draw over the steps."""
+    row = _flat(progress)
+    return {name: value for name, value in row.items() if name not in _NO_FIGURES and value is not None}
 
 
 def read_metrics(run: Path) -> list[Progress]:

@@ -151,6 +151,28 @@ def test_a_run_that_fails_says_why(session: Session, file: Path, tmp_path: Path)
     assert read_metrics(tmp_path / "run")[-1] == told, "the steps before it diverged are kept"
 
 
+def test_mlflow_hears_of_a_run_and_how_it_ended(
+    session: Session, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    settings = ["schedule.steps=5", "restarts=0", f"mlflow.tracking_uri={tmp_path / 'store'}"]
+    launch(read_train_config(file, settings), "pretrain")
+    with pytest.raises(TrainingError):
+        launch(
+            read_train_config(file, [*settings, f"run={tmp_path / 'wild'}", "optimizer.learning_rate=1e30"]), "pretrain"
+        )
+    client = mlflow.MlflowClient(str(tmp_path / "store"))
+    runs = {run.info.run_name: run for run in client.search_runs(["0"])}
+    assert {name: run.info.status for name, run in runs.items()} == {"run": "FINISHED", "wild": "FAILED"}
+    for name, run in runs.items():
+        told = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
+        assert told == {row.step: row.loss for row in read_metrics(tmp_path / name)}
+        assert told
+    with pytest.raises(ConfigError, match=r"mlflow.tracking_uri: nowhere://x cannot be used"):
+        launch(read_train_config(file, ["mlflow.tracking_uri=nowhere://x"]), "pretrain")
+
+
 def test_command_line(file: Path, data: Path, tmp_path: Path) -> None:
     """With paths from where it is started."""
     command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", file.name, "--json"]
