@@ -24,7 +24,11 @@ from rayllm.train.progress import METRICS, Progress, figures, read_metrics
 logger = logging.getLogger(__name__)
 
 _NAME = "mlflow.json"
-_HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # MLflow's own: minutes
+_DEFAULTS = {  # in place of minutes of waiting, and of reports to its makers
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 _LOOK_S = 10.0  # between two looks at the metrics, as often as they are written
 _END_S = 30.0  # that the end of a run may wait for MLflow
 _ROWS = 20  # in one request, which MLflow takes whole up to 1,000 metrics
@@ -40,7 +44,7 @@ class MlflowRun:
     def __init__(self, config: TrainConfig, recipe: str) -> None:
         if importlib.util.find_spec("mlflow") is None:
             raise ConfigError("mlflow: needs mlflow-skinny; install it with: pip install 'rayllm[mlflow]'")
-        for name, value in _HTTP.items():
+        for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient  # brings more than a second of imports
 
