@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
@@ -235,7 +234,6 @@ LAYOUTS = {
     "apart": LayoutConfig(),
     "DDP": LayoutConfig(replicate=2),
     "FSDP": LayoutConfig(shard=2),
-    "TP": LayoutConfig(tensor=2),
 }
 
 
@@ -247,16 +245,13 @@ def two_ranks(rank: int, store: str, directory: Path, name: str, dtype: str, rou
     dist.init_process_group(
         "gloo", store=together if layout.world > 1 else HashStore(), rank=rank % layout.world, world_size=layout.world
     )
-    batch = random_batch()
-    if layout.tensor == 1:
-        rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
-        batch = replace(
-            batch,
-            token_ids=batch.token_ids[rows],
-            loss_mask=batch.loss_mask[rows],
-            document_lengths=batch.document_lengths[rows],
-            sample_ids=batch.sample_ids[rows],
-        )
+    rows, whole = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2), random_batch()
+    batch = MicroBatch(
+        token_ids=whole.token_ids[rows],
+        loss_mask=whole.loss_mask[rows],
+        document_lengths=whole.document_lengths[rows],
+        sample_ids=whole.sample_ids[rows],
+    )
     step = make_step(directory, layout, OPTIMIZER, compute_dtype=dtype)
     step([batch], 1.0)
     together.add("ready", 1)

@@ -11,7 +11,7 @@ A query that sees no key gives zeros and a log-sum-exp of -inf; so do rows past 
 """
 
 import functools
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -85,49 +85,54 @@ def _by_sdpa(
     causal: bool,
     window: int | None,
 ) -> Tensor:
-    """The contract by torch's own attention, one sequence after another -> out_THE."""
+    """The contract by torch's own attention, a call for each run of sequences that are alike -> out_THE."""
     q_lengths, k_lengths = _lengths(cu_seqlens_q_B1, q_THE.shape[0]), _lengths(cu_seqlens_k_B1, k_SKE.shape[0])
     longest = max(k_lengths[:-1], default=0)
     rounds = causal and _rounds_lengths(q_THE)
-    outputs = []
+    runs = [(*lengths, len([*alike])) for lengths, alike in groupby(zip(q_lengths[:-1], k_lengths[:-1], strict=True))]
     # Not slices: the gradient of each would be as long as all sequences together, zeros but for its own.
     parts = zip(
-        torch.split(q_THE.transpose(0, 1), q_lengths, dim=1)[:-1],
-        torch.split(k_SKE.transpose(0, 1), k_lengths, dim=1)[:-1],
-        torch.split(v_SKE.transpose(0, 1), k_lengths, dim=1)[:-1],
+        torch.split(q_THE, [*(queries * count for queries, _, count in runs), q_lengths[-1]])[:-1],
+        torch.split(k_SKE, [*(keys * count for _, keys, count in runs), k_lengths[-1]])[:-1],
+        torch.split(v_SKE, [*(keys * count for _, keys, count in runs), k_lengths[-1]])[:-1],
+        runs,
         strict=True,
     )
-    for q_HQE, k_KSE, v_KSE in parts:
-        queries, keys = q_HQE.shape[1], k_KSE.shape[1]
+    outputs = []
+    for q_PHE, k_PKE, v_PKE, (queries, keys, count) in parts:
         first = keys - queries
+        blind = queries if keys == 0 else max(0, -first) if causal else 0  # leading queries that see nothing
+        if blind == queries:
+            outputs.append(torch.zeros_like(q_PHE))
+            continue
+        q_BHQE = q_PHE.unflatten(0, (count, queries)).transpose(1, 2)[:, :, blind:]
+        k_BKSE, v_BKSE = (x.unflatten(0, (count, keys)).transpose(1, 2) for x in (k_PKE, v_PKE))
+        first, queries = first + blind, queries - blind
         unseen = 0
-        if rounds and first >= 0 and queries > 0:
+        if rounds and blind == 0:
             unseen = -queries % _ROUND_UP
             unseen_keys = unseen + -(keys + unseen) % _ROUND_UP  # no fewer, so that no query is left without a key
-            q_HQE = F.pad(q_HQE, (0, 0, 0, unseen))
-            k_KSE, v_KSE = (F.pad(x, (0, 0, 0, unseen_keys)) for x in (k_KSE, v_KSE))
+            q_BHQE = F.pad(q_BHQE, (0, 0, 0, unseen))
+            k_BKSE, v_BKSE = (F.pad(x, (0, 0, 0, unseen_keys)) for x in (k_BKSE, v_BKSE))
             queries, keys = queries + unseen, keys + unseen_keys
-        blind = queries if keys == 0 else max(0, -first) if causal else 0  # leading queries that see nothing
-        if blind > 0:
-            outputs.append(q_THE.new_zeros(blind, *q_THE.shape[1:]))
-        if blind == queries:
-            continue
-        first, queries = first + blind, queries - blind
         mask = None
         if causal and window is not None and window < keys:
             mask = _window_mask(longest + 2 * _ROUND_UP, window, q_THE.device)[first : first + queries, :keys]
         elif causal and queries != keys:
             mask = _visible(first, queries, keys, None, q_THE.device)
-        out_1HSE = F.scaled_dot_product_attention(
-            q_HQE[None, :, blind:] if blind else q_HQE[None],
-            k_KSE[None],
-            v_KSE[None],
+        out_BHQE = F.scaled_dot_product_attention(
+            q_BHQE,
+            k_BKSE,
+            v_BKSE,
             attn_mask=mask,
             is_causal=causal and mask is None,
             scale=scale,
             enable_gqa=q_THE.shape[1] != k_SKE.shape[1],
         )
-        outputs.append(out_1HSE[0, :, : queries - unseen].transpose(0, 1))
+        out_BHQE = out_BHQE[:, :, : queries - unseen]
+        if blind > 0:
+            out_BHQE = F.pad(out_BHQE, (0, 0, blind, 0))
+        outputs.append(out_BHQE.transpose(1, 2).flatten(0, 1))
     if q_lengths[-1] > 0:
         outputs.append(q_THE.new_zeros(q_lengths[-1], *q_THE.shape[1:]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.zeros_like(q_THE)

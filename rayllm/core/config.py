@@ -96,7 +96,8 @@ class CacheConfig:
 class SchedulerConfig:
     """`max_num_batched_tokens` is the budget of one step, shared by prefill chunks and decodes.
 
-    The waiting queue is bounded by requests and by prompt tokens; past either a request is refused at once.
+    The waiting queue is bounded by requests and by prompt tokens; past either a request is refused at once. Those for
+    which there are places among the `max_num_seqs` do not count: the next step takes them.
     """
 
     max_num_batched_tokens: int = 1024

@@ -121,7 +121,7 @@ class Scheduler:
             )
         prompt_len = len(request.prompt_token_ids)
         assert 0 < prompt_len < self._max_sequence_len, f"a prompt of {prompt_len} tokens was let through"
-        self._waiting.check_room(prompt_len)
+        self._waiting.check_room(prompt_len, self._config.max_num_seqs - len(self._running))
         group = new_group(
             request,
             self._next_seq_id,

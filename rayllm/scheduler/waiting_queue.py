@@ -37,12 +37,15 @@ class WaitingQueue:
     def head(self) -> Sequence:
         return self._sequences[0]
 
-    def check_room(self, prompt_len: int) -> None:
-        """Raises CapacityError if a new request with such a prompt must not wait too. An empty queue takes any."""
+    def check_room(self, prompt_len: int, free_places: int) -> None:
+        """Raises CapacityError if a new request with such a prompt must not wait too. An empty queue takes any.
+
+        `free_places`: how many more could run at the next step; as many are in the queue only until then.
+        """
         if not self._sequences:
             return
         excess_tokens = self.num_tokens + prompt_len - self._max_tokens
-        if self.num_requests < self._max_requests and excess_tokens <= 0:
+        if self.num_requests < self._max_requests + free_places and excess_tokens <= 0:
             return
         num_leaving = max(1, math.ceil(excess_tokens * self.num_requests / self.num_tokens))
         raise CapacityError(

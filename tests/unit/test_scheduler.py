@@ -750,12 +750,27 @@ def test_the_queue_is_bounded_by_requests():
     engine = Engine(max_waiting_requests=2, max_num_seqs=1)
     engine.add("a", [1], n=5)
     engine.add("b", [1])
-    with pytest.raises(CapacityError, match="2 requests with 2 prompt tokens") as caught:
-        engine.add("c", [1])
+    engine.add("c", [1])
+    with pytest.raises(CapacityError, match="3 requests with 3 prompt tokens") as caught:
+        engine.add("d", [1])
     assert caught.value.retry_after_s >= 1
     engine.step()
+    with pytest.raises(CapacityError):
+        engine.add("d", [1])
     engine.drain()
-    engine.add("c", [1])
+    engine.add("d", [1])
+
+
+def test_whom_the_next_step_takes_does_not_count_as_waiting():
+    engine = Engine(max_waiting_requests=2, max_num_seqs=4)
+    for i in range(3):
+        engine.add(f"a{i}", [1])
+    engine.step()
+    for i in range(3):  # one place is left
+        engine.add(f"b{i}", [1])
+    with pytest.raises(CapacityError):
+        engine.add("c", [1])
+    engine.drain()
 
 
 def test_the_queue_is_bounded_by_tokens():
