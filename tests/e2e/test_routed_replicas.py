@@ -285,6 +285,8 @@ async def test_the_session_header_and_its_limits(both: Pair):
         ({"json": asked | {"prompt_cache_key": "x" * 257}}, "prompt_cache_key"),
         ({"json": asked | {"prompt_cache_key": ""}}, "prompt_cache_key"),
         ({"json": asked, "headers": {"x-session-id": "x" * 257}}, "x-session-id"),
+        ({"content": json.dumps(asked | {"prompt_cache_key": "\ud800"})}, "prompt_cache_key"),
+        ({"content": json.dumps(asked | {"prompt_cache_key": session_of("b"), "stop": "\ud800"})}, "stop"),
     ):
         response = await both.a.server.http.post("/v1/completions", **given)
         assert (response.status_code, response.json()["error"]["param"]) == (400, field)
