@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 MAX_NAME_BYTES = 64
 
+# Many may connect at once; one that finds no room here waits for the system to try again, or for its time to be up.
+_BACKLOG = 4096
+
 _NONCE_BYTES = 32
 _LENGTH = struct.Struct("!I")
 _HELLO = struct.Struct(f"!{MAX_NAME_BYTES}s32s32s")  # name, nonce, proof
@@ -42,6 +45,8 @@ class FrameStream:
         """Waits while the other end does not read. Raises PeerClosedError."""
         if len(payload) > self._limit:
             raise FrameError(f"a frame of {len(payload)} bytes, at most {self._limit} are allowed")
+        if self._writer.is_closing():  # uvloop, on which Serve runs, raises RuntimeError for a write then
+            raise PeerClosedError("the connection is closed")
         try:
             self._writer.write(_LENGTH.pack(len(payload)) + payload)
             await self._writer.drain()
@@ -98,7 +103,7 @@ async def serve(
         finally:
             writer.transport.abort()
 
-    return await asyncio.start_server(accept, host, 0)
+    return await asyncio.start_server(accept, host, 0, backlog=_BACKLOG)
 
 
 async def _welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, key: bytes, name: str) -> str:
