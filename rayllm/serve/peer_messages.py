@@ -82,8 +82,9 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
 
 
 Question = Watch | Run
-Reply = ReplicaState | Piece | Done | Failed
+Answer = Piece | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_state = msgspec.msgpack.Decoder(ReplicaState).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode

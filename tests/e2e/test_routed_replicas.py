@@ -494,6 +494,19 @@ async def test_leaving_waits_for_what_peers_sent(tiny_model: Path):
         assert await rpc(both.a.server, prompt(), BASE, session_of("b"))
 
 
+async def test_a_piece_too_large_for_a_message(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in ("peer", "routed_engine"):
+        monkeypatch.setattr(f"rayllm.serve.{module}.MAX_MESSAGE_BYTES", 20_000)
+    params = replace(BASE, temperature=0.0, prompt_logprobs=20)
+    async with pair(tiny_model) as both:
+        text = prompt() * 4
+        expected = await rpc_stream(both.a.server, text, params, session_of("a"))
+        answer = await rpc_stream(both.a.server, text, params, session_of("b"))
+        assert answer[0] == expected[0]
+        assert len(answer[1]) == len(expected[1]) > 150
+        assert both.a.count("rayllm_peer_failures", kind="lost") == 1
+
+
 async def test_weights_decide_who_may_answer(tiny_model: Path, tmp_path: Path):
     other = sealed(retrained(tiny_model, tmp_path / "other", seed=1))
     async with pair(tiny_model) as both:
