@@ -89,7 +89,10 @@ class RoutedEngine:
         if self._server is None or self._following is None:
             return
         self._state.end()
-        await asyncio.to_thread(self._directory.leave, self._name)
+        try:
+            await asyncio.to_thread(self._directory.leave, self._name)
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises; the others will find nobody and clean up
+            logger.warning("replica %s could not leave the directory: %r", self._name, error)
         with suppress(TimeoutError):
             async with asyncio.timeout(drain_timeout_s):
                 await self._peer_server.idle()

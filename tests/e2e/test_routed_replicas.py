@@ -16,6 +16,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import RaySystemError
 
 from rayllm.client import AsyncClient
 from rayllm.client.codec import generate_request
@@ -492,6 +493,20 @@ async def test_leaving_waits_for_what_peers_sent(tiny_model: Path):
             assert time.monotonic() < give_up, "a peer that has left is still looked for"
             await asyncio.sleep(0.05)
         assert await rpc(both.a.server, prompt(), BASE, session_of("b"))
+
+
+async def test_leaving_waits_although_the_directory_is_away(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    def away(table: Table, name: str) -> None:
+        raise RaySystemError("the control service does not answer")
+
+    async with pair(tiny_model) as both:
+        task = asyncio.create_task(rpc_stream(both.a.server, prompt(), LONG, session_of("b")))
+        await both.b.server.running()
+        monkeypatch.setattr(Table, "leave", away)
+        await both.b.routed.close(drain_timeout_s=20)
+        assert both.b.server.engine.stats().generated_tokens >= 300
+        assert len((await task)[0][0].token_ids) == 300
+        assert both.a.count("rayllm_peer_failures") == 0
 
 
 async def test_a_piece_too_large_for_a_message(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
