@@ -91,7 +91,8 @@ class Channel:
         connection.settimeout(None)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _bound_silence(connection)
+            keep_alive(connection)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)  # for what was sent
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -151,10 +152,9 @@ def _gone(error: OSError) -> PeerClosedError:
     return PeerUnreachableError(str(error.strerror).lower())
 
 
-def _bound_silence(connection: socket.socket) -> None:
+def keep_alive(connection: socket.socket) -> None:
     """The kernel asks the other node every second whether it is there; a process that is busy has no part in it."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENCE_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)  # for what was sent

@@ -12,6 +12,7 @@ import secrets
 import struct
 from collections.abc import Awaitable, Callable
 
+from rayllm_cluster.channel import keep_alive
 from rayllm_cluster.errors import FrameError, HandshakeError, PeerClosedError
 from rayllm_cluster.handshake import HANDSHAKE_TIMEOUT_S
 
@@ -19,13 +20,20 @@ logger = logging.getLogger(__name__)
 
 MAX_NAME_BYTES = 64
 
+# Many may connect at once; one that finds no room here waits for the system to try again, or for its time to be up.
+_BACKLOG = 4096
+
 _NONCE_BYTES = 32
 _LENGTH = struct.Struct("!I")
 _HELLO = struct.Struct(f"!{MAX_NAME_BYTES}s32s32s")  # name, nonce, proof
 
 
 class FrameStream:
-    """One end of a connection; `name` is the other end's. For one reader and one writer at a time."""
+    """One end of a connection; `name` is the other end's. For one reader and one writer at a time.
+
+    A node that is gone, or a network that forgot the connection, is noticed after `channel.SILENCE_S` by who waits for
+    it; a reader that is slow is not taken for that.
+    """
 
     def __init__(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int) -> None:
         self.name = name
@@ -42,6 +50,8 @@ class FrameStream:
         """Waits while the other end does not read. Raises PeerClosedError."""
         if len(payload) > self._limit:
             raise FrameError(f"a frame of {len(payload)} bytes, at most {self._limit} are allowed")
+        if self._writer.is_closing():  # uvloop, on which Serve runs, raises RuntimeError for a write then
+            raise PeerClosedError("the connection is closed")
         try:
             self._writer.write(_LENGTH.pack(len(payload)) + payload)
             await self._writer.drain()
@@ -70,6 +80,7 @@ async def connect(host: str, port: int, *, key: bytes, name: str, limit: int) ->
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
+            keep_alive(writer.get_extra_info("socket"))
             its_name = await _introduce(reader, writer, key=key, name=name)
     except BaseException as error:
         if writer is not None:
@@ -88,6 +99,7 @@ async def serve(
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            keep_alive(writer.get_extra_info("socket"))
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 its_name = await _welcome(reader, writer, key=key, name=name)
             await handle(FrameStream(its_name, reader, writer, limit))
@@ -98,7 +110,7 @@ async def serve(
         finally:
             writer.transport.abort()
 
-    return await asyncio.start_server(accept, host, 0)
+    return await asyncio.start_server(accept, host, 0, backlog=_BACKLOG)
 
 
 async def _welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, key: bytes, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import cast
 
 from rayllm.client.types import Chunk, Generation, Load, ModelInfo, Prompt, Usage
 from rayllm.core.errors import InvalidRequestError
-from rayllm.core.types import FinishReason, SamplingParams, TokenLogprobs
+from rayllm.core.types import FinishReason, SamplingParams, TokenLogprobs, check_utf8
 from rayllm.engine.outputs import CompletionOutput
 from rayllm.proto.v1 import inference_pb2 as pb
 
@@ -88,10 +88,7 @@ def _chat(messages: Sequence[Mapping[str, str]]) -> pb.Chat:
 def _text(field: str, value: object) -> str:
     if not isinstance(value, str):
         raise InvalidRequestError(field, f"must be text, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequestError(field, "holds a lone surrogate, which no UTF-8 text holds") from None
+    check_utf8(field, value)
     return value
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rayllm.core.errors import CheckpointError, InvalidRequestError
 from rayllm.core.token_bytes import TokenBytes
+from rayllm.core.types import check_utf8
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -149,13 +150,10 @@ def _refusals() -> Iterator[None]:
 
 
 def check_text(text: str, field: str) -> None:
-    """InvalidRequestError names `field` for NUL and for lone surrogates, which no UTF-8 text holds."""
+    """InvalidRequestError names `field` for NUL and for lone surrogates."""
     if "\0" in text:
         raise InvalidRequestError(field, f"holds a NUL character at position {text.index(chr(0))}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(field, f"holds a lone surrogate at position {error.start}") from None
+    check_utf8(field, text)
 
 
 def _eos_token_ids(directory: Path) -> set[int]:

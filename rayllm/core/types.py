@@ -94,6 +94,7 @@ class SamplingParams:
                 raise InvalidRequestError("stop", "must hold strings that are not empty")
             if len(text) > MAX_STOP_STRING_CHARS:
                 raise InvalidRequestError("stop", f"a string is longer than {MAX_STOP_STRING_CHARS} characters")
+            check_utf8("stop", text)
         for name, token_ids in (
             ("stop_token_ids", self.stop_token_ids),
             ("logprob_token_ids", self.logprob_token_ids),
@@ -179,6 +180,14 @@ def _check_float(name: str, value: object, low: float, high: float, *, low_open:
         raise InvalidRequestError(name, f"{short_int(value)} is out of range")
     if not math.isfinite(value) or not low <= value <= high or (low_open and value == low):
         raise InvalidRequestError(name, f"{value} is not in {'(' if low_open else '['}{low:g}, {high:g}]")
+
+
+def check_utf8(field: str, text: str) -> None:
+    """Raises InvalidRequestError for a lone surrogate: JSON may spell one, but no UTF-8 text holds it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(field, f"holds a lone surrogate at position {error.start}") from None
 
 
 def short_int(value: int) -> str:

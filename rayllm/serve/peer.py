@@ -19,16 +19,16 @@ from rayllm.engine.outputs import OutputDelta
 from rayllm.serve.peer_messages import (
     MAX_MESSAGE_BYTES,
     Abort,
-    Aborted,
-    Done,
     Failed,
     Piece,
     Run,
     Watch,
-    decode_reply,
+    decode_aborted,
+    decode_answer,
+    decode_state,
     encode,
 )
-from rayllm.serve.replica_state import SILENCE_S, ReplicaState, ReplicaView
+from rayllm.serve.replica_state import SILENCE_S, ReplicaView
 from rayllm_cluster.errors import FrameError, HandshakeError, PeerClosedError
 from rayllm_cluster.streams import FrameStream, connect
 
@@ -76,6 +76,7 @@ class Peer:
         self._own_name = own_name
         self._key = key
         self._lost = lost
+        self._is_missed = False
         self._idle: list[FrameStream] = []
         self._sent: dict[str, _Sent] = {}
 
@@ -110,7 +111,7 @@ class Peer:
             stream = sent.connecting.result()
             await stream.send(encode(Run.of(request, cached_tokens)))
             while True:
-                reply = decode_reply(await stream.recv())
+                reply = decode_answer(await stream.recv())
                 if sent.error is not None:
                     raise sent.error
                 if isinstance(reply, Piece):
@@ -119,7 +120,6 @@ class Peer:
                 is_clean = True
                 if isinstance(reply, Failed):
                     raise reply.error()
-                assert isinstance(reply, Done), "a state where an answer was due"
                 return
         except (HandshakeError, PeerClosedError, FrameError, msgspec.DecodeError) as error:
             raise sent.error or PeerLostError(str(error)) from None
@@ -146,12 +146,11 @@ class Peer:
             async with asyncio.timeout(ABORT_S):
                 stream = await self._stream()
                 await stream.send(encode(Abort(request_id)))
-                reply = decode_reply(await stream.recv())
+                reply = decode_aborted(await stream.recv())
         except (HandshakeError, PeerClosedError, FrameError, TimeoutError, msgspec.DecodeError):
             if stream is not None:
                 stream.close()
             return None
-        assert isinstance(reply, Aborted), "another answer than to an abort"
         self._put_back(stream)
         return reply.was_live
 
@@ -161,23 +160,25 @@ class Peer:
             await stream.send(encode(Watch()))
             while True:
                 async with asyncio.timeout(SILENCE_S):
-                    state = decode_reply(await stream.recv())
-                assert isinstance(state, ReplicaState), "an answer where a state was due"
+                    state = decode_state(await stream.recv())
                 if self.view is None:
                     self.view = ReplicaView.of(state)
+                    self._is_missed = False
                 else:
                     self.view.take(state)
         finally:
             stream.close()
 
     def _forget(self, error: Exception) -> None:
-        """Nothing more is sent to it until it speaks again."""
-        if self.view is None:
-            return
-        level = logging.DEBUG if self.view.state.is_draining else logging.WARNING
-        logger.log(level, "replica %s is lost: %s", self.name, str(error) or "it says nothing")
-        self.view = None
-        self._lost(self.name)
+        """Nothing more is sent to it until it speaks again. Logged once, not at every try to reach it."""
+        view, self.view = self.view, None
+        if not self._is_missed:
+            self._is_missed = True
+            level = logging.DEBUG if view is not None and view.state.is_draining else logging.WARNING
+            what = "lost" if view is not None else "not reached"
+            logger.log(level, "replica %s is %s: %s", self.name, what, str(error) or "it says nothing")
+        if view is not None:
+            self._lost(self.name)
 
     def _end_all(self) -> None:
         for sent in list(self._sent.values()):
@@ -195,7 +196,11 @@ class Peer:
 
     async def _connect(self) -> FrameStream:
         host, port = self.address
-        return await connect(host, port, key=self._key, name=self._own_name, limit=MAX_MESSAGE_BYTES)
+        stream = await connect(host, port, key=self._key, name=self._own_name, limit=MAX_MESSAGE_BYTES)
+        if stream.name != self.name:  # a port is given to another once its replica is gone
+            stream.close()
+            raise HandshakeError(f"{host}:{port} is replica {stream.name}")
+        return stream
 
     def _put_back(self, stream: FrameStream) -> None:
         if self.view is not None and len(self._idle) < _MAX_IDLE:

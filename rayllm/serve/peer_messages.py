@@ -94,8 +94,10 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted", array_like=True):
 
 
 Question = Watch | Run | Abort
-Reply = ReplicaState | Piece | Done | Failed | Aborted
+Answer = Piece | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_state = msgspec.msgpack.Decoder(ReplicaState).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
+decode_aborted = msgspec.msgpack.Decoder(Aborted).decode

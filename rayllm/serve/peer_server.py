@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from rayllm.core.errors import EngineUnavailableError, RayLLMError
+from rayllm.core.errors import EngineUnavailableError, InvalidRequestError, RayLLMError
 from rayllm.core.types import Request
 from rayllm.engine.outputs import OutputDelta
 from rayllm.serve.local_state import LocalState
@@ -54,12 +54,14 @@ class PeerServer:
                 await _while_nothing_comes(coming, self._work(stream, question))
         except PeerClosedError:
             return
-        except (FrameError, msgspec.DecodeError) as error:
-            logger.warning("replica %s sent what is no question: %s", stream.name, error)
+        except (FrameError, msgspec.DecodeError, InvalidRequestError) as error:
+            logger.warning("a connection of replica %s is closed: %s", stream.name, error)
         finally:
             coming.cancel()
             await asyncio.gather(coming, return_exceptions=True)
             self._streams[stream.name].discard(stream)
+            if not self._streams[stream.name]:
+                del self._streams[stream.name]
 
     def drop(self, peer: str) -> None:
         """It is lost, so nobody reads the answers to what it sent: they end, and their blocks are free."""
@@ -117,7 +119,7 @@ class PeerServer:
             return Done()
         except RayLLMError as error:
             return Failed.of(error)
-        except PeerClosedError:
+        except (PeerClosedError, FrameError):  # FrameError: a piece too large to be sent; the asker has no such limit
             raise
         except Exception:
             logger.exception("a request of replica %s failed on an internal error", stream.name)

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from ray.exceptions import RayError
-
 from rayllm.serve.peer import Address, Peer
 
 logger = logging.getLogger(__name__)
@@ -16,7 +14,7 @@ _CLEAN_EVERY: Final = 5  # looks, while a replica that is listed does not answer
 
 
 class Directory(Protocol):
-    """Blocks; raises RayError when it cannot be reached."""
+    """Blocks; may raise anything when it cannot be reached."""
 
     def join(self, name: str, address: Address) -> None: ...
     def leave(self, name: str) -> None: ...
@@ -43,7 +41,7 @@ class Peers:
         return [peer for peer, _ in self._peers.values()]
 
     async def listed(self) -> list[Peer]:
-        """With those that have just joined. Raises RayError."""
+        """With those that have just joined. Raises whatever Ray does."""
         self._update(await asyncio.to_thread(self._directory.replicas))
         return self.all()
 
@@ -57,8 +55,8 @@ class Peers:
                     looks += 1
                     if looks % _CLEAN_EVERY == 0 and len(self.known()) < len(self._peers):
                         await asyncio.to_thread(self._directory.clean)
-                except RayError as error:  # the directory's service is away; the peers that are known stay
-                    logger.warning("the directory of the replicas cannot be read: %s", error)
+                except Exception as error:  # noqa: BLE001 - Ray has many; the peers that are known stay
+                    logger.warning("the directory of the replicas cannot be read: %r", error)
                 await asyncio.sleep(_LOOK_S)
         finally:
             for _, task in self._peers.values():

@@ -22,7 +22,7 @@ from rayllm.core.errors import (
 )
 from rayllm.core.limits import ModelLimits
 from rayllm.core.tokenizer import Tokenizer
-from rayllm.core.types import Request, SamplingParams
+from rayllm.core.types import Request, SamplingParams, check_utf8
 from rayllm.engine.async_engine import EngineStats
 from rayllm.engine.outputs import OutputDelta
 from rayllm.serve.metrics import DURATION, INTER_TOKEN, QUEUE, TIME_TO_FIRST_TOKEN, Metrics
@@ -57,6 +57,7 @@ def checked_session(field: str, session: str) -> str:
     """Raises InvalidRequestError that names `field`, which the session came by."""
     if not 1 <= len(session) <= MAX_SESSION_CHARS:
         raise InvalidRequestError(field, f"must have 1 to {MAX_SESSION_CHARS} characters")
+    check_utf8(field, session)
     return session
 
 

@@ -16,7 +16,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RaySystemError
 
 from rayllm.client import AsyncClient
 from rayllm.client.codec import generate_request
@@ -294,6 +294,8 @@ async def test_the_session_header_and_its_limits(both: Pair):
         ({"json": asked | {"prompt_cache_key": "x" * 257}}, "prompt_cache_key"),
         ({"json": asked | {"prompt_cache_key": ""}}, "prompt_cache_key"),
         ({"json": asked, "headers": {"x-session-id": "x" * 257}}, "x-session-id"),
+        ({"content": json.dumps(asked | {"prompt_cache_key": "\ud800"})}, "prompt_cache_key"),
+        ({"content": json.dumps(asked | {"prompt_cache_key": session_of("b"), "stop": "\ud800"})}, "stop"),
     ):
         response = await both.a.server.http.post("/v1/completions", **given)
         assert (response.status_code, response.json()["error"]["param"]) == (400, field)
@@ -601,6 +603,33 @@ async def test_leaving_waits_for_what_peers_sent(tiny_model: Path):
             assert time.monotonic() < give_up, "a peer that has left is still looked for"
             await asyncio.sleep(0.05)
         assert await rpc(both.a.server, prompt(), BASE, session_of("b"))
+
+
+async def test_leaving_waits_although_the_directory_is_away(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    def away(table: Table, name: str) -> None:
+        raise RaySystemError("the control service does not answer")
+
+    async with pair(tiny_model) as both:
+        task = asyncio.create_task(rpc_stream(both.a.server, prompt(), LONG, session_of("b")))
+        await both.b.server.running()
+        monkeypatch.setattr(Table, "leave", away)
+        await both.b.routed.close(drain_timeout_s=20)
+        assert both.b.server.engine.stats().generated_tokens >= 300
+        assert len((await task)[0][0].token_ids) == 300
+        assert both.a.count("rayllm_peer_failures") == 0
+
+
+async def test_a_piece_too_large_for_a_message(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in ("peer", "routed_engine"):
+        monkeypatch.setattr(f"rayllm.serve.{module}.MAX_MESSAGE_BYTES", 20_000)
+    params = replace(BASE, temperature=0.0, prompt_logprobs=20)
+    async with pair(tiny_model) as both:
+        text = prompt() * 4
+        expected = await rpc_stream(both.a.server, text, params, session_of("a"))
+        answer = await rpc_stream(both.a.server, text, params, session_of("b"))
+        assert answer[0] == expected[0]
+        assert len(answer[1]) == len(expected[1]) > 150
+        assert both.a.count("rayllm_peer_failures", kind="lost") == 1
 
 
 async def test_weights_decide_who_may_answer(tiny_model: Path, tmp_path: Path):

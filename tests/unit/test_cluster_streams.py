@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from rayllm_cluster.errors import FrameError, HandshakeError, PeerClosedError
+from rayllm_cluster.handshake import HANDSHAKE_TIMEOUT_S
 from rayllm_cluster.streams import FrameStream, connect, serve
 
 KEY = secrets.token_bytes(32)
@@ -75,6 +77,30 @@ async def test_a_server_that_does_not_know_the_key_learns_nothing_and_is_found_o
     with pytest.raises(HandshakeError, match="does not know the group's key"):
         await to(listening.sockets[0].getsockname()[1])
     listening.close()
+
+
+async def test_a_crowd_gets_in_at_once():
+    async with server(echo) as port:
+        started = time.monotonic()
+        streams = await asyncio.gather(*(to(port) for _ in range(400)))
+        assert time.monotonic() - started < HANDSHAKE_TIMEOUT_S / 2
+        for stream in streams:
+            stream.close()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_sending_on_a_connection_that_is_closed(loop: str):
+    async def check() -> None:
+        async with server(echo) as port:
+            stream = await to(port)
+            stream.close()
+            for _ in range(3):
+                with pytest.raises(PeerClosedError):
+                    await stream.send(b"x")
+                await asyncio.sleep(0.01)
+
+    with asyncio.Runner(loop_factory=pytest.importorskip(loop).new_event_loop) as runner:
+        runner.run(check())
 
 
 async def test_nobody_there():

@@ -26,7 +26,7 @@ from rayllm.scheduler.block_manager import BlockManager
 from rayllm.scheduler.scheduler import Scheduler
 from rayllm.serve import replica_state
 from rayllm.serve.local_state import LocalState
-from rayllm.serve.peer_messages import Failed, Piece, Run, decode_question, decode_reply, encode
+from rayllm.serve.peer_messages import Failed, Piece, Run, decode_answer, decode_question, decode_state, encode
 from rayllm.serve.replica_state import (
     KEY_BYTES,
     MAX_KEYS,
@@ -56,7 +56,7 @@ def request(tokens: int, **params) -> Request:
 
 def told(view: ReplicaView | None, before: Snapshot | None, after: Snapshot) -> ReplicaView:
     """By way of the wire."""
-    state = decode_reply(encode(after.since(before.keys if before is not None else frozenset())))
+    state = decode_state(encode(after.since(before.keys if before is not None else frozenset())))
     assert isinstance(state, ReplicaState)
     if view is None:
         return ReplicaView.of(state)
@@ -248,7 +248,7 @@ async def test_local_work_is_told_until_its_prompt_is_computed():
     ],
 )
 def test_errors_are_themselves_on_the_other_side(error):
-    failed = decode_reply(encode(Failed.of(error)))
+    failed = decode_answer(encode(Failed.of(error)))
     assert isinstance(failed, Failed)
     again = failed.error()
     assert type(again) is type(error)
@@ -291,5 +291,5 @@ def test_requests_and_answers_cross_whole():
         num_cached_tokens=16,
         queue_s=0.25,
     )
-    piece = decode_reply(encode(Piece(delta)))
+    piece = decode_answer(encode(Piece(delta)))
     assert piece.delta == delta

@@ -108,7 +108,16 @@ def test_stop_strings():
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     longest = "x" * types.MAX_STOP_STRING_CHARS
     assert SamplingParams(stop=[longest] * types.MAX_STOP_STRINGS).stop[-1] == longest
-    for value in ("", [""], [longest + "x"], ["a", 1], ["a", None], {"a": 1}, ["a"] * (types.MAX_STOP_STRINGS + 1)):
+    for value in (
+        "",
+        [""],
+        [longest + "x"],
+        ["\ud800"],
+        ["a", 1],
+        ["a", None],
+        {"a": 1},
+        ["a"] * (types.MAX_STOP_STRINGS + 1),
+    ):
         refused(stop=value)
 
 
