@@ -105,8 +105,8 @@ def _by_sdpa(
         if blind == queries:
             outputs.append(torch.zeros_like(q_PHE))
             continue
-        q_BHQE = q_PHE.unflatten(0, (count, queries)).transpose(1, 2)[:, :, blind:]
-        k_BKSE, v_BKSE = (x.unflatten(0, (count, keys)).transpose(1, 2) for x in (k_PKE, v_PKE))
+        q_BHQE = torch.unflatten(q_PHE, 0, (count, queries)).transpose(1, 2)[:, :, blind:]
+        k_BKSE, v_BKSE = (torch.unflatten(x, 0, (count, keys)).transpose(1, 2) for x in (k_PKE, v_PKE))
         first, queries = first + blind, queries - blind
         unseen = 0
         if rounds and blind == 0:
