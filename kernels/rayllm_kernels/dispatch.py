@@ -18,7 +18,7 @@ from rayllm_kernels.blocks import PANELS_RUN
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory of their own
+_PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory of their own, or a collective is still to write it
 
 
 def on_triton(op: str, x: Tensor) -> bool:
@@ -58,6 +58,13 @@ def triton_problem() -> str | None:
 def loops_may_run(x: Tensor) -> bool:
     """Whether compiled CPU loops that have a gradient may serve x: torch.compile cannot look into them."""
     return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling()
+
+
+def readable(gradient: Tensor) -> Tensor:
+    """Contiguous, for compiled loops; a collective that is under way is waited for."""
+    if type(gradient) in _PLAIN:
+        return gradient.contiguous()
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def loops_without_gradient_may_run(x: Tensor) -> bool:

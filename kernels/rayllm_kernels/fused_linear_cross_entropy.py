@@ -28,6 +28,7 @@ from rayllm_kernels.simd import (
     load_f32_from_bf16,
     load_i64,
     max_lanes,
+    mul,
     store,
     store_bf16,
     store_bf16_scalar,
@@ -69,14 +70,15 @@ def _softmax_rows(block: int) -> None:
             peak, total = broadcast(largest), zero
             for i in range(0, size * item, LANES * item):
                 total = add(total, exp(sub(load_bf16(row + i) if is_bf16 else load(row + i), peak)))
-            log_sum = np.float32(largest + math.log(sum_lanes(total)))
-            shift, wanted = broadcast(log_sum), row + target * item
-            loss = log_sum - (load_f32_from_bf16(wanted) if is_bf16 else load_f32(wanted))
+            whole, wanted = sum_lanes(total), row + target * item
+            logit = load_f32_from_bf16(wanted) if is_bf16 else load_f32(wanted)
+            loss = np.float32(math.log(whole) - (float(logit) - float(largest)))
+            share = broadcast(np.float32(1.0) / whole)
             for i in range(0, size * item, LANES * item):
                 if is_bf16:
-                    store_bf16(row + i, exp(sub(load_bf16(row + i), shift)))
+                    store_bf16(row + i, mul(exp(sub(load_bf16(row + i), peak)), share))
                 else:
-                    store(row + i, exp(sub(load(row + i), shift)))
+                    store(row + i, mul(exp(sub(load(row + i), peak)), share))
             slope = np.float32(math.expm1(-loss))
             if is_bf16:
                 store_bf16_scalar(wanted, slope)

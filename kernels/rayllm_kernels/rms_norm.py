@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rayllm_kernels.dispatch import loops_may_run, on_triton
+from rayllm_kernels.dispatch import loops_may_run, on_triton, readable
 from rayllm_kernels.native import Kernel, empty, integer, next_task, real
 from rayllm_kernels.simd import (
     LANES,
@@ -169,6 +169,7 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     if not (
         _compiled(x_TD, weight_D)
         and x_TD.is_contiguous()
+        and loops_may_run(residual_TD)
         and residual_TD.dtype == x_TD.dtype
         and residual_TD.is_contiguous()
     ):
@@ -183,6 +184,7 @@ def _compiled(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernel takes these tensors."""
     return (
         loops_may_run(x)
+        and loops_may_run(weight)
         and (x.dtype == torch.bfloat16 or x.dtype == torch.float32)
         and x.dtype == weight.dtype
         and x.shape[-1] % LANES == 0
@@ -252,7 +254,7 @@ def _gradients(x: Tensor, weight: Tensor, dout: Tensor, dsummed: Tensor | None, 
     rows = x.numel() // size
     tasks = -(-rows // _ROWS_PER_SUM)
     dx, dweights = empty(x.shape, x), torch.empty(tasks, size)
-    dout, dsummed = dout.contiguous(), None if dsummed is None else dsummed.contiguous()
+    dout, dsummed = readable(dout), None if dsummed is None else readable(dsummed)
     _norm_gradients_kernel(
         tasks,
         x.data_ptr(),

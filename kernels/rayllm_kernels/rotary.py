@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rayllm_kernels.dispatch import loops_may_run, on_triton
+from rayllm_kernels.dispatch import loops_may_run, on_triton, readable
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import LANES, add, inlined, load, load_bf16, mul, round_bf16, store, store_bf16, sub
 
@@ -115,7 +115,7 @@ class _ApplyRotary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq_THE: Tensor, dk_TKE: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos_TE, sin_TE = ctx.saved_tensors
-        return *_run(dq_THE.contiguous(), dk_TKE.contiguous(), cos_TE, -sin_TE), None, None
+        return *_run(readable(dq_THE), readable(dk_TKE), cos_TE, -sin_TE), None, None
 
 
 def takes_heads(x: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rayllm_kernels.dispatch import loops_may_run, on_triton
+from rayllm_kernels.dispatch import loops_may_run, on_triton, readable
 from rayllm_kernels.native import Kernel, empty, integer, next_task
 from rayllm_kernels.simd import (
     LANES,
@@ -148,7 +148,7 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx: Any, dout_TF: Tensor) -> tuple[Tensor, Tensor]:
         gate_TF, up_TF = ctx.saved_tensors
         rows, size = gate_TF.shape
-        dout_TF = dout_TF.contiguous()
+        dout_TF = readable(dout_TF)
         dgate_TF, dup_TF = empty((rows, size), gate_TF), empty((rows, size), up_TF)
         _gate_gradients_kernel(
             rows * -(-size // _COLUMNS_PER_TASK),
