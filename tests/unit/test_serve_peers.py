@@ -81,7 +81,9 @@ def replica() -> PeerServer:
         return
         yield
 
-    return PeerServer(answer, LocalState(Cache(), block_size=4, max_num_seqs=3, is_draining=lambda: False))
+    return PeerServer(
+        answer, lambda request_id: False, LocalState(Cache(), block_size=4, max_num_seqs=3, is_draining=lambda: False)
+    )
 
 
 def peers_of(directory: Listed) -> Peers:
