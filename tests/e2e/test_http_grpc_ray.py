@@ -256,7 +256,7 @@ def test_a_start_that_cannot_work_says_why_at_once(tiny_model, tmp_path):
 def test_a_replica_that_cannot_start_says_why_and_leaves_no_process(tiny_model):
     script = SCRIPT.replace("num_blocks=200", "num_blocks=10**11")
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-c", script, str(tiny_model), *map(str, free_ports(2)), "1", "120", "1", "4"]
+    command = [sys.executable, "-c", script, str(tiny_model), *map(str, free_ports(2)), "1", "120", "1", "4", "4"]
     env = os.environ | {"SERVE_TEST_MARK": mark}
     result = subprocess.run(command, capture_output=True, text=True, timeout=90, env=env, check=False)
     assert result.returncode == 1
