@@ -25,14 +25,20 @@ Answers = list[tuple[list[int], str]]
 
 
 def config_of(
-    model: Path, tensor: int = 1, pipeline: int = 1, *, max_waiting_requests: int = 64, **parallel: float
+    model: Path,
+    tensor: int = 1,
+    pipeline: int = 1,
+    *,
+    max_num_seqs: int = 12,
+    max_waiting_requests: int = 64,
+    **parallel: float,
 ) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(model=str(model), dtype="float32", device="cpu"),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, **parallel),
         cache=CacheConfig(num_blocks=256, block_size=4),
         scheduler=SchedulerConfig(
-            max_num_batched_tokens=64, max_num_seqs=12, max_waiting_requests=max_waiting_requests
+            max_num_batched_tokens=64, max_num_seqs=max_num_seqs, max_waiting_requests=max_waiting_requests
         ),
     )
 

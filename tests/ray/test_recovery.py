@@ -112,7 +112,8 @@ async def test_losses_one_after_another(model: Path, expected: Answers) -> None:
 
 async def test_requests_during_a_recovery(model: Path) -> None:
     """They queue, and are aborted, cancelled or out of time at once."""
-    engine = await asyncio.to_thread(AsyncEngine.start, config_of(model, 2, max_waiting_requests=4), start_ray)
+    config = config_of(model, 2, max_num_seqs=1, max_waiting_requests=3)  # the one that ran has its place again
+    engine = await asyncio.to_thread(AsyncEngine.start, config, start_ray)
     running = asyncio.create_task(answer(engine, request("running")))
     while engine.stats().running == 0:
         await asyncio.sleep(0.001)
