@@ -96,8 +96,8 @@ class CacheConfig:
 class SchedulerConfig:
     """`max_num_batched_tokens` is the budget of one step, shared by prefill chunks and decodes.
 
-    The waiting queue is bounded by requests and by prompt tokens; past either a request is refused at once. Those for
-    which there are places among the `max_num_seqs` do not count: the next step takes them.
+    The waiting queue is bounded by requests and by prompt tokens; past either a request is refused at once. As many
+    more may wait as of the `max_num_seqs` do not run: until the next step as a rule, longer for want of KV blocks.
     """
 
     max_num_batched_tokens: int = 1024

@@ -121,7 +121,7 @@ class Scheduler:
             )
         prompt_len = len(request.prompt_token_ids)
         assert 0 < prompt_len < self._max_sequence_len, f"a prompt of {prompt_len} tokens was let through"
-        self._waiting.check_room(prompt_len, self._config.max_num_seqs - len(self._running))
+        self._waiting.check_room(prompt_len, self._max_running - len(self._running))
         group = new_group(
             request,
             self._next_seq_id,
@@ -310,9 +310,12 @@ class Scheduler:
         self._waiting.appendleft(sequence)
         self.preemptions += 1
 
+    @property
+    def _max_running(self) -> int:
+        return self._config.max_num_seqs - len(self._dying)
+
     def _admit(self, step: _Step) -> None:
-        max_running = self._config.max_num_seqs - len(self._dying)
-        while self._waiting and step.budget and len(self._running) < max_running:
+        while self._waiting and step.budget and len(self._running) < self._max_running:
             sequence = self._waiting.head
             if sequence.group.weight_version != step.weight_version or not self._take_blocks(sequence):
                 return

@@ -40,7 +40,7 @@ class WaitingQueue:
     def check_room(self, prompt_len: int, free_places: int) -> None:
         """Raises CapacityError if a new request with such a prompt must not wait too. An empty queue takes any.
 
-        `free_places`: how many more could run at the next step; as many are in the queue only until then.
+        `free_places`: how many more may run; as many do not count, since the next step takes them if it has the blocks.
         """
         if not self._sequences:
             return
