@@ -117,6 +117,7 @@ class Problem:
 
     @property
     def join_warps(self) -> int:
+        """By 4 some of the widest heads spill with triton 3.6, by 8 some in decode."""
         return 8 if _padded(self.head_dim) == 256 and not self.decode else 4
 
     def _common(self) -> dict[str, object]:
