@@ -7,39 +7,32 @@ Prints one JSON object: the share of one core, in all and of each program that t
 
 import argparse
 import json
-import os
 import time
 from collections import Counter
-from pathlib import Path
+from contextlib import suppress
 
 from rayllm.models.hub import resolve_model
-from tests.e2e.endpoint import start
+from tests.e2e.endpoint import marked, start
+from tests.ray.processes import processor_seconds
 
 SETTLE_S = 20.0
 
 
 def cpu_seconds(mark: str) -> Counter[tuple[int, str]]:
-    """Of each process that was started with `mark` in its environment, by its id and program."""
+    """Of each process of the endpoint, by its id and program."""
     seconds: Counter[tuple[int, str]] = Counter()
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() not in (directory / "environ").read_bytes():
-                continue
-            program = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:60]
-            fields = (directory / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        seconds[int(directory.name), program] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    for pid, command in marked(mark).items():
+        with suppress(OSError):  # it has ended
+            seconds[pid, command[:60]] = processor_seconds(pid)
     return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
     arguments = parser.parse_args()
-    endpoint = start(resolve_model(arguments.model), replicas=2, tensor=arguments.tensor)
+    endpoint = start(resolve_model(arguments.model), replicas=2)
     try:
         time.sleep(SETTLE_S)
         before, started = cpu_seconds(endpoint.mark), time.monotonic()

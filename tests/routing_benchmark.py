@@ -34,6 +34,7 @@ from rayllm.client import AsyncClient
 from rayllm.core.types import SamplingParams
 from rayllm.serve.routing import Candidate, decide
 from tests.e2e.conftest import MODEL
+from tests.ray.processes import processor_seconds
 
 POLICIES = {"random": "none", "power-of-two": "power-of-two", "prefix": "prefix"}
 NAMES = ("a", "b")
@@ -179,11 +180,7 @@ async def hop(pair: Pair, requests: int) -> dict[str, float]:
 
 
 def cpu_seconds(pair: Pair) -> float:
-    total = 0.0
-    for replica in pair.values():
-        fields = Path(f"/proc/{replica.process.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    return sum(processor_seconds(replica.process.pid) for replica in pair.values())
 
 
 def idle(pairs: dict[str, Pair]) -> dict[str, float]:

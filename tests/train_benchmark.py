@@ -53,8 +53,8 @@ ROWS, LENGTH = 4, 512  # of a step
 VOCABULARY, HIDDEN = 49152, 576  # SmolLM2's
 
 
-def random_batch(seed: int = 0) -> MicroBatch:
-    token_ids_BS = torch.randint(100, 40000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+def random_batch() -> MicroBatch:
+    token_ids_BS = torch.randint(100, 40000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     mask_BS = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     mask_BS[:, 0] = False
     return MicroBatch(

@@ -157,11 +157,16 @@ def start(
 
 def processes(mark: str) -> list[str]:
     """The command lines of what still runs of an endpoint."""
-    found = []
+    return [*marked(mark).values()]
+
+
+def marked(mark: str) -> dict[int, str]:
+    """The processes of an endpoint and of its Ray instance, by id, with their command lines."""
+    found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (directory / "environ").read_bytes():
-                found.append((directory / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found[int(directory.name)] = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
     return found

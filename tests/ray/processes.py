@@ -1,5 +1,6 @@
 """What runs on this machine, by process id."""
 
+import os
 import time
 from pathlib import Path
 
@@ -39,3 +40,9 @@ def wait_gone(pids: set[int], timeout_s: float) -> set[int]:
     while (left := alive(pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
+
+
+def processor_seconds(pid: int) -> float:
+    """What the process has used, its children not. Raises OSError when it has ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

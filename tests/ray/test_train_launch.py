@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -154,7 +155,6 @@ def test_a_run_that_fails_says_why(session: Session, file: Path, tmp_path: Path)
 def test_mlflow_hears_of_a_run_and_how_it_ended(
     session: Session, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     settings = ["schedule.steps=5", "restarts=0", f"mlflow.tracking_uri={tmp_path / 'store'}"]
     launch(read_train_config(file, settings), "pretrain")

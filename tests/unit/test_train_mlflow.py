@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,8 +19,7 @@ from rayllm.train.config import TrainConfig
 from rayllm.train.config_file import read_train_config
 from rayllm.train.mlflow import MlflowRun
 from rayllm.train.progress import METRICS, Progress, ProgressWriter
-
-mlflow = pytest.importorskip("mlflow")
+from tests.progress_rows import progress
 
 SMALL = ["model.start=tiny", "data.path=d", "batch.sequence_length=64", "batch.tokens=512", "schedule.steps=9"]
 
@@ -36,25 +36,6 @@ def configured(tmp_path: Path, *settings: str) -> TrainConfig:
     file = tmp_path / "train.toml"
     file.write_text(f'run = "{tmp_path / "tiny"}"\n[mlflow]\ntracking_uri = "{tmp_path / "store"}"\n')
     return read_train_config(file, [*SMALL, "optimizer.learning_rate=1e-3", *settings])
-
-
-def progress(step: int, loss: float, pid: int = 1, **measures: float) -> Progress:
-    return Progress(
-        step=step,
-        steps=9,
-        loss=loss,
-        measures=measures,
-        grad_norm=1.5,
-        learning_rate=1e-4,
-        count=100 + step,
-        tokens_per_second=64.0,
-        flops_per_second=5e9,
-        mfu=None,
-        matmul_share=0.25,
-        seconds=2.0,
-        memory_bytes=3_000_000_000,
-        pid=pid,
-    )
 
 
 def write(config: TrainConfig, *rows: Progress, after: int = 0) -> None:

@@ -22,7 +22,7 @@ from rayllm.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from rayllm.train.progress import METRICS, Progress, ProgressWriter, read_metrics
+from rayllm.train.progress import METRICS, ProgressWriter, read_metrics
 from rayllm.train.report.charts import (
     BOTTOM,
     LEFT,
@@ -42,6 +42,7 @@ from rayllm.train.run_info import write_run_info
 from tests import train_ranks
 from tests.html_page import parse
 from tests.packed_rows import seven_pairs
+from tests.progress_rows import progress
 from tests.ranks import Ranks
 
 HOSTILE = "<script>alert(1)</script>"
@@ -69,31 +70,12 @@ def config_of(run: Path, steps: int, **model: Any) -> TrainConfig:
     )
 
 
-def progress(step: int, steps: int, loss: float, measures: Mapping[str, float]) -> Progress:
-    return Progress(
-        step=step,
-        steps=steps,
-        loss=loss,
-        measures=measures,
-        grad_norm=1.5,
-        learning_rate=1e-4,
-        count=100 + step,
-        tokens_per_second=64.0,
-        flops_per_second=5e9,
-        mfu=None,
-        matmul_share=0.25,
-        seconds=2.0,
-        memory_bytes=3_000_000_000,
-        pid=1,
-    )
-
-
 def write_run(run: Path, recipe: str, measures: Mapping[str, np.ndarray], losses: np.ndarray) -> Path:
     write_run_info(config_of(run, len(losses)), recipe)
     writer = ProgressWriter(run, 0)
     for step, loss in enumerate(losses.tolist(), 1):
         told = {name: float(values[step - 1]) for name, values in measures.items()}
-        writer.add(progress(step, len(losses), loss, told))
+        writer.add(progress(step, loss, steps=len(losses), **told))
     writer.flush()
     return run
 
@@ -253,7 +235,7 @@ def test_preferences_and_what_nobody_knows(tmp_path: Path) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     write_run_info(config_of(tmp_path, 50), "pretrain")
     writer = ProgressWriter(tmp_path, 0)
-    writer.add(progress(1, 50, 2.5, {}))
+    writer.add(progress(1, 2.5, steps=50))
     writer.flush()
     page = parse(render(tmp_path))
     assert "1 of 50, not finished" in page.text
@@ -263,7 +245,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 def test_a_measure_of_some_steps_alone_is_kept(tmp_path: Path) -> None:
     writer = ProgressWriter(tmp_path, 0)
     for step, measures in enumerate([{}, {"late": 0.5}, {}], 1):
-        writer.add(progress(step, 3, 1.0, measures))
+        writer.add(progress(step, 1.0, steps=3, **measures))
     writer.flush()
     assert [row.measures for row in read_metrics(tmp_path)] == [{}, {"late": 0.5}, {}]
 

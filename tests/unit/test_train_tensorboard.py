@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rayllm.train.progress import METRICS, Progress, ProgressWriter
+from rayllm.train.progress import METRICS, ProgressWriter
+from tests.progress_rows import progress
 
 
 def crc32c(data: bytes) -> int:
@@ -35,25 +36,6 @@ def events(path: Path) -> Iterator[Event]:
         data, (data_crc,), content = rest[:length], struct.unpack("<I", rest[length : length + 4]), rest[length + 4 :]
         assert (masked(struct.pack("<Q", length)), masked(data)) == (length_crc, data_crc)
         yield Event.FromString(data)
-
-
-def progress(step: int, loss: float, **measures: float) -> Progress:
-    return Progress(
-        step=step,
-        steps=9,
-        loss=loss,
-        measures=measures,
-        grad_norm=1.5,
-        learning_rate=1e-4,
-        count=100 + step,
-        tokens_per_second=64.0,
-        flops_per_second=5e9,
-        mfu=None,
-        matmul_share=0.25,
-        seconds=2.0,
-        memory_bytes=3_000_000_000,
-        pid=1,
-    )
 
 
 def figures(event: Event) -> dict[str, float]:
