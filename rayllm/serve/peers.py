@@ -1,4 +1,4 @@
-"""All other replicas of the endpoint: found in the directory, watched, forgotten when they are gone."""
+"""This replica in the directory, and all others there: found, watched, forgotten when they are gone."""
 
 import asyncio
 import logging
@@ -32,6 +32,17 @@ class Peers:
         self._key = key
         self._lost = lost
         self._peers: dict[str, tuple[Peer, asyncio.Task[None]]] = {}
+        self._own_address: Address | None = None  # None: this replica is not to be found
+        self._writing = asyncio.Lock()  # what is written in a thread would else be overtaken
+
+    async def join(self, address: Address) -> None:
+        """Until `leave`: another replica takes out one that Ray names no more, and Ray may be wrong for a while."""
+        self._own_address = address
+        await self._write()
+
+    async def leave(self) -> None:
+        self._own_address = None
+        await self._write()
 
     def known(self) -> list[Peer]:
         """Those that say how they are."""
@@ -42,7 +53,7 @@ class Peers:
 
     async def listed(self) -> list[Peer]:
         """With those that have just joined. Raises whatever Ray does."""
-        self._update(await asyncio.to_thread(self._directory.replicas))
+        await self._look()
         return self.all()
 
     async def follow(self) -> None:
@@ -51,7 +62,8 @@ class Peers:
         try:
             while True:
                 try:
-                    await self.listed()
+                    if (await self._look()).get(self._own_name) != self._own_address:
+                        await self._write()
                     looks += 1
                     if looks % _CLEAN_EVERY == 0 and len(self.known()) < len(self._peers):
                         await asyncio.to_thread(self._directory.clean)
@@ -62,6 +74,18 @@ class Peers:
             for _, task in self._peers.values():
                 task.cancel()
             await asyncio.gather(*(task for _, task in self._peers.values()), return_exceptions=True)
+
+    async def _write(self) -> None:
+        async with self._writing:
+            if self._own_address is None:
+                await asyncio.to_thread(self._directory.leave, self._own_name)
+            else:
+                await asyncio.to_thread(self._directory.join, self._own_name, self._own_address)
+
+    async def _look(self) -> dict[str, Address]:
+        listed = await asyncio.to_thread(self._directory.replicas)
+        self._update(listed)
+        return listed
 
     def _update(self, listed: dict[str, Address]) -> None:
         for name, (peer, task) in list(self._peers.items()):

@@ -62,7 +62,6 @@ class RoutedEngine:
         self.limits = engine.limits
         self._engine = engine
         self._state = state
-        self._directory = directory
         self._name = name
         self._key = key
         self._policy = policy
@@ -84,7 +83,7 @@ class RoutedEngine:
             host, self._peer_server.handle, key=self._key, name=self._name, limit=MAX_MESSAGE_BYTES
         )
         address = self._server.sockets[0].getsockname()[:2]
-        await asyncio.to_thread(self._directory.join, self._name, address)
+        await self._peers.join(address)
         self._following = asyncio.create_task(self._peers.follow())
 
     async def close(self, *, drain_timeout_s: float) -> None:
@@ -93,7 +92,7 @@ class RoutedEngine:
             return
         self._state.end()
         try:
-            await asyncio.to_thread(self._directory.leave, self._name)
+            await self._peers.leave()
         except Exception as error:  # noqa: BLE001 - whatever Ray raises; the others will find nobody and clean up
             logger.warning("replica %s could not leave the directory: %r", self._name, error)
         with suppress(TimeoutError):

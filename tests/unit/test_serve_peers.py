@@ -129,6 +129,21 @@ async def test_a_directory_that_cannot_be_read_is_read_again(error: Exception):
             assert not following.done()
 
 
+async def test_a_replica_that_was_taken_out_joins_again_until_it_leaves():
+    """Another one takes out whom Ray does not name, and Ray may have named nobody for a moment."""
+    directory = Listed()
+    peers = peers_of(directory)
+    await peers.join(("10.0.0.1", 5))
+    with running(peers.follow()):
+        for _ in range(2):
+            directory.addresses.clear()
+            await until(lambda: directory.addresses == {"a": ("10.0.0.1", 5)})
+        await peers.leave()
+        looks = directory.looks
+        await until(lambda: directory.looks > looks + 3)
+        assert not directory.addresses
+
+
 async def test_a_peer_that_answers_what_was_not_asked_is_lost():
     async def handle(stream: FrameStream) -> None:
         with suppress(PeerClosedError):
