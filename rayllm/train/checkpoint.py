@@ -1,7 +1,8 @@
 """Saves and restores training, on all ranks at once: each writes and reads its own part.
 
-A save stops training for as long as it takes to copy; the files are written by a thread. Layouts may differ between a
-save and what is restored from it: tensors are known by their names and whole shapes.
+A save stops training for as long as it takes to copy; the files are written by a thread. The copies' memory is kept from
+the first save to the last: fresh memory takes longer to get than to fill. Layouts may differ between a save and what is
+restored from it: tensors are known by their names and whole shapes.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
@@ -46,6 +48,15 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=torch.cuda.is_available(),
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
+        self._copies: dict[str, Tensor] = {}
 
     def save(self, state: TrainState) -> None:
         """Returns when training may go on. Waits for the save before, and raises what went wrong with it."""
@@ -55,7 +66,9 @@ class Checkpointer:
         dist.barrier(self._group)
         exported, adapter = self._gather(), self._gather_learnt()
         staging = self._saved.staging(state.step)
-        written = async_save(self._tensors(), checkpoint_id=staging / TRAINING, process_group=self._group)
+        written = async_save(
+            self._tensors(), checkpoint_id=staging / TRAINING, process_group=self._group, async_stager=self._stager
+        )
         assert isinstance(written, Future)
         self._pending = self._thread.submit(self._finish, written, staging, exported, adapter, state)
 
@@ -87,6 +100,7 @@ class Checkpointer:
     def close(self) -> None:
         self.wait()
         self._thread.shutdown()
+        self._stager.close()
 
     def _tensors(self) -> dict[str, Any]:
         """What is saved and restored in place, by names that do not depend on the layout. A tied embedding has one
@@ -111,7 +125,7 @@ class Checkpointer:
                 continue
             value = acting(name, parameters, self._step.trainee.lora, whole)
             if self._leads:
-                gathered[plain_name(name)] = value.to("cpu", DTYPES[self._dtype], copy=True)
+                gathered[plain_name(name)] = self._copy(name, value, DTYPES[self._dtype])
         return gathered
 
     def _gather_learnt(self) -> dict[str, Tensor]:
@@ -121,8 +135,14 @@ class Checkpointer:
             for name, weight in self._step.optimizer.weights.items():
                 value = whole(_placed(weight.local.detach(), weight))
                 if self._leads:
-                    gathered[name] = value.to("cpu", copy=True)
+                    gathered[name] = self._copy(f"learnt.{name}", value, value.dtype)
         return gathered
+
+    def _copy(self, key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the CPU; good until the next save."""
+        if key not in self._copies:
+            self._copies[key] = torch.empty(value.shape, dtype=dtype)
+        return self._copies[key].copy_(value)
 
     @property
     def _leads(self) -> bool:
