@@ -8,6 +8,7 @@ A benchmark that fails does not stop the others; the exit status says that one d
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="calls a figure is the median of")
     given = parser.parse_args()
     given.csv.unlink(missing_ok=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     failed = run_all(given.csv, quick=given.quick, repeats=given.repeats, timeout=None)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -13,6 +13,7 @@ import csv
 import importlib.metadata
 import itertools
 import platform
+import signal
 import statistics
 import subprocess
 import time
@@ -163,6 +164,7 @@ def main(
     description: str, figures: Callable[[Timer, bool], Iterator[Figure]], *, devices: Sequence[str] = ("cpu", "cuda")
 ) -> None:
     """The command line that all benchmarks have; `devices`: those that there is something to measure on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=devices, default="cuda" if cuda and "cuda" in devices else devices[0])
@@ -180,7 +182,10 @@ def main(
         print("{op:18} {case:34} {kernel:30} {median_us:>11} us".format(**row), end="")
         print("{gb_per_s:>9} GB/s {tflop_per_s:>9} TFLOP/s {ratio:>7} x {baseline}".format(**row), flush=True)
         if given.csv is not None:
-            append_row(given.csv, row | machine.columns())
+            try:
+                append_row(given.csv, row | machine.columns())
+            except OSError as error:
+                parser.exit(1, f"error: {given.csv}: {error.strerror}\n")
 
 
 def append_row(path: Path, row: dict[str, object]) -> None:

@@ -8,8 +8,8 @@ import typer
 from rayllm.cli.console import note, print_json, progress, stdout_kept_clean
 from rayllm.cli.options import EngineOptions, GenerateOptions, Json, Model, expand
 from rayllm.core.config import EngineConfig
-from rayllm.core.errors import InvalidRequestError
-from rayllm.core.types import SamplingParams, TokenLogprobs
+from rayllm.core.errors import InvalidRequestError, ModelOutputError
+from rayllm.core.types import FinishReason, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:  # the engine brings torch
     from rayllm.engine.outputs import CompletionOutput, RequestOutput
@@ -45,7 +45,13 @@ def generate(
     outputs = _run(config, prompts, params, chat=chat)
     if as_json:
         print_json(as_result(model, prompts, outputs))
-        return
+    else:
+        _print(prompts, outputs)
+    if any(completion.finish_reason is FinishReason.ERROR for output in outputs for completion in output.outputs):
+        raise ModelOutputError
+
+
+def _print(prompts: list[str], outputs: "list[RequestOutput]") -> None:
     for text, output in zip(prompts, outputs, strict=True):
         for completion in output.outputs:
             if len(outputs) * len(output.outputs) > 1:

@@ -9,7 +9,7 @@ import typer
 from rayllm.cli.console import note, print_json, print_table, progress, stdout_kept_clean
 from rayllm.cli.options import Json, Model
 from rayllm.cli.units import format_bytes
-from rayllm.core.errors import ConfigError
+from rayllm.core.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:  # these bring torch
     from torch import Tensor
@@ -124,7 +124,10 @@ def _sequences(checkpoint: "Checkpoint", calibration: Path) -> "list[Tensor]":
         raise ConfigError(f"calibration: {calibration}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"calibration: {calibration}: is not UTF-8 text") from None
-    ids = Tokenizer.load(checkpoint.directory).encode(text)[:_MOST_TOKENS]
+    try:
+        ids = Tokenizer.load(checkpoint.directory).encode(text)[:_MOST_TOKENS]
+    except InvalidRequestError as error:
+        raise ConfigError(f"calibration: {calibration}: {error.problem}") from None
     if len(ids) < _LEAST_TOKENS:
         raise ConfigError(
             f"calibration: {calibration}: is a text of {len(ids)} tokens; at least {_LEAST_TOKENS} are needed, and"

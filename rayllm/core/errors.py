@@ -87,6 +87,9 @@ class ModelOutputError(RayLLMError):
 
     code = "invalid_model_output"
 
+    def __init__(self, message: str = "the model gave no finite probabilities for the next token") -> None:
+        super().__init__(message)
+
 
 class EngineUnavailableError(RayLLMError):
     """The engine cannot serve now (a shard was lost, or it is shutting down); the request may be retried."""

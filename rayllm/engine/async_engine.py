@@ -364,7 +364,7 @@ class AsyncEngine:
         with self._changed:
             for request_id, delta in self._processor.process(outputs):
                 if delta.finish_reason is FinishReason.ERROR:
-                    self._end(request_id, ModelOutputError("the model gave no finite probabilities for the next token"))
+                    self._end(request_id, ModelOutputError())
                     continue
                 if isinstance(delta.stop_reason, str):
                     self._engine.abort(request_id, delta.index)

@@ -8,7 +8,6 @@ import torch
 from rayllm.core.errors import CheckpointError
 from rayllm.engine.model_runner import ModelRunner, ServedModel
 from rayllm.engine.weights import Weights
-from rayllm.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +36,7 @@ class BackgroundLoad:
         torch.set_num_threads(1)  # of this thread, and of those that torch sees first while this lasts
         try:
             with self._runner.beside_steps():
-                checkpoint = self.weights.open()
-                served = self._runner.load(checkpoint)
-                _check_finite(served, checkpoint)
-                return served
+                return self._runner.load(self.weights.open())
         except CheckpointError:
             raise
         except Exception as error:
@@ -49,10 +45,3 @@ class BackgroundLoad:
             raise CheckpointError(self.weights.directory, f"cannot be loaded beside what runs: {error}") from error
         finally:
             torch.set_num_threads(num_threads)
-
-
-def _check_finite(served: ServedModel, checkpoint: Checkpoint) -> None:
-    """Training that diverged leaves such weights, and a whole file."""
-    for name, parameter in served.model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
-            raise CheckpointError(checkpoint.directory, f"parameter {name} holds NaN or infinity")

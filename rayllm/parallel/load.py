@@ -40,8 +40,8 @@ def load_shard(
 
     Keeps nothing but this rank's slices, holds no more than one of them twice, and talks to no other rank. Linear
     layers that are stored as int8 stay so; `quantize` makes those of a checkpoint without any int8 as they are read.
-    Raises CheckpointError for a scale that is negative or not finite, for a weight that is to be quantized and is not
-    finite, and for outlier columns that are not the layer's.
+    Raises CheckpointError for a number that is not finite or that its dtype cannot hold, for a negative scale, and
+    for outlier columns that are not the layer's.
     """
     check_layout(checkpoint.spec, mesh.tp_size, mesh.pp_size)
     with torch.device("meta"):
@@ -96,14 +96,24 @@ def _read_slice(parameter: str, checkpoint: Checkpoint, mesh: Mesh, dtype: torch
     if style is Style.VOCAB:
         local[0] = local_vocab_size(checkpoint.spec, mesh.tp_size)
     part = torch.zeros(local, dtype=dtype, device=device)
-    part[tuple(slice(0, part.stop - part.start) for part in index)] = checkpoint.read(parameter, index).to(dtype)
+    stored = checkpoint.read(parameter, index)
+    part[tuple(slice(0, part.stop - part.start) for part in index)] = stored.to(dtype)
+    if not _is_finite(part):
+        what = f"numbers too large for {str(dtype).removeprefix('torch.')}" if _is_finite(stored) else "NaN or infinity"
+        raise CheckpointError(checkpoint.directory, f"tensor {checkpoint.source(parameter).name} holds {what}")
     return part
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By its extremes, which are found at the speed of reading."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _load_int8(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh, device: torch.device) -> None:
     weight_NK = _read_slice(f"{name}.weight", checkpoint, mesh, torch.int8, device)
     scale_N1 = _read_slice(f"{name}.weight_scale", checkpoint, mesh, torch.float32, device)
-    _check_finite(scale_N1, f"{name}.weight_scale", checkpoint)
     if (scale_N1 < 0).any():
         stored = checkpoint.source(f"{name}.weight_scale").name
         raise CheckpointError(checkpoint.directory, f"tensor {stored} holds a negative scale")
@@ -117,7 +127,6 @@ def _load_int8(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh
         stored = checkpoint.source(f"{name}.outlier_columns").name
         raise CheckpointError(checkpoint.directory, f"tensor {stored} is no rising list of columns below {inputs}")
     weight_NJ = _read_slice(f"{name}.outlier_weight", checkpoint, mesh, torch.bfloat16, device)
-    _check_finite(weight_NJ, f"{name}.outlier_weight", checkpoint)
     before = 0  # columns of the ranks before this one
     if style_of(name) is Style.ROW:
         first = mesh.tp_rank * weight_NK.shape[1]
@@ -137,11 +146,4 @@ def _quantize(name: str, module: Int8Linear, checkpoint: Checkpoint, mesh: Mesh,
             other = replace(mesh, tp_rank=rank)
             other_NK = _read_slice(f"{name}.weight", checkpoint, other, torch.float32, device)
             scale_N1 = torch.maximum(scale_N1, absmax_scale(other_NK))
-    _check_finite(scale_N1, f"{name}.weight", checkpoint)
     module.set_weight(round_to_int8(weight_NK, scale_N1), scale_N1)
-
-
-def _check_finite(tensor: Tensor, parameter: str, checkpoint: Checkpoint) -> None:
-    if not tensor.isfinite().all():
-        stored = checkpoint.source(parameter).name
-        raise CheckpointError(checkpoint.directory, f"tensor {stored} holds NaN or infinity")

@@ -123,7 +123,7 @@ def convert(
 ) -> Report:
     """Fills the empty `directory`. `advance` counts the layers of `quantized_layers`, twice each.
 
-    Raises CheckpointError for a weight that is not finite.
+    Raises CheckpointError for a weight that is not finite, or would not be where it takes over what outliers lose.
     """
 
     def read_weight(layer: str) -> Tensor:
@@ -246,8 +246,13 @@ def _other_parameters(checkpoint: Checkpoint, layers: set[str], folds: Folds) ->
     for name in _stored_once(checkpoint):
         module, _, kind = name.rpartition(".")
         if module not in layers or kind != "weight":
-            parameter = _read(checkpoint, name)
-            yield checkpoint.source(name).name, folds.apply(module, parameter).to(parameter.dtype)
+            parameter, stored = _read(checkpoint, name), checkpoint.source(name).name
+            folded = folds.apply(module, parameter).to(parameter.dtype)
+            if not folded.isfinite().all():
+                dtype = str(folded.dtype).removeprefix("torch.")
+                problem = f"tensor {stored}, made larger for int8 weights that are more even, exceeds {dtype}"
+                raise CheckpointError(checkpoint.directory, f"{problem}; outliers `clip` leaves it as it is")
+            yield stored, folded
 
 
 def _weight_bytes(directory: Path) -> int:

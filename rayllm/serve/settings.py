@@ -12,6 +12,7 @@ import msgspec
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from rayllm.core.errors import ConfigError
+from rayllm.core.settings_errors import refused_setting
 from rayllm.serve.config import ServeConfig
 
 Sections = dict[str, dict[str, Any]]
@@ -55,9 +56,9 @@ def _convert(values: Mapping[str, Any], config: type[_Config]) -> _Config:
     try:
         return msgspec.convert(values, config)
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$.")
-        setting = path.rstrip("`").removeprefix("engine.")
-        raise ConfigError(f"{setting if '.' in setting else f'serve.{setting}'}: {problem.lower()}") from None
+        place, problem = refused_setting(error, config)
+        setting = place.removeprefix("engine.")
+        raise ConfigError(f"{setting if '.' in setting else f'serve.{setting}'}: {problem}") from None
 
 
 def check_name(where: str, name: str, valid: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
 """Saves and restores training, on all ranks at once: each writes and reads its own part.
 
-A save stops training for as long as it takes to copy; the files are written by a thread. The copies' memory is kept from
-the first save to the last: fresh memory takes longer to get than to fill. Layouts may differ between a save and what is
-restored from it: tensors are known by their names and whole shapes.
+A save stops training for as long as it takes to copy; the files are written by a thread. The copies' memory is kept
+from the first save to the last: fresh memory takes longer to get than to fill. Layouts may differ between a save and
+what is restored from it: tensors are known by their names and whole shapes.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -22,6 +22,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from rayllm.core.errors import ConfigError
+from rayllm.core.settings_errors import refused_setting
 from rayllm.train.config import TrainConfig
 
 
@@ -78,6 +79,5 @@ def _convert(values: Mapping[str, Any]) -> TrainConfig:
     try:
         return msgspec.convert(values, TrainConfig)
     except msgspec.ValidationError as error:
-        problem, _, place = str(error).partition(" - at `$.")
-        table = place.rstrip("`")
-        raise ConfigError(f"{table}: {problem}" if table else problem) from None
+        place, problem = refused_setting(error, TrainConfig)
+        raise ConfigError(f"{place}: {problem}" if place else problem) from None

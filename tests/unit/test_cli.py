@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer.main
+from safetensors.torch import load_file, save_file
 
 from rayllm.cli import console
 from rayllm.cli.config_file import merge, read_config, serve_config
@@ -213,6 +214,22 @@ def test_generate_json_of_one_answer(rayllm, tiny_model: Path):
     assert isinstance(answer["text"], str)
     assert answer["outputs"] == [{name: answer[name] for name in answer["outputs"][0]}]
     assert json.loads(rayllm(*arguments, "--prompt", "the end").out) == answer
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_generate_says_that_a_model_gives_no_probabilities(rayllm, make_tiny_model: Callable[..., Path], form):
+    """Finite weights, whose products are not."""
+    model = make_tiny_model()
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = rayllm("generate", model, "--prompt", "the end", "--max-tokens", 3, *form)
+    assert (result.status, result.err.splitlines()[-1]) == (
+        1,
+        "error: the model gave no finite probabilities for the next token",
+    )
+    if form:
+        assert json.loads(result.out)["finish_reason"] == "error"
 
 
 def test_generate_json_of_many_answers(rayllm, tiny_model: Path):

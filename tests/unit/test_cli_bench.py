@@ -211,4 +211,4 @@ def test_kernels_to_a_folder_are_refused_before_they_are_timed(monkeypatch, caps
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 1
-    assert capsys.readouterr().err == f"error: --output: {tmp_path} is a folder; name a file\n"
+    assert capsys.readouterr().err == f"error: --output: {tmp_path}: Is a directory\n"

@@ -212,6 +212,16 @@ def test_a_broken_weight_leaves_nothing_behind(
     assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "there"]
 
 
+def test_a_calibration_text_that_cannot_be_a_prompt_is_named(
+    quantize: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("a\0b" * 1000)
+    result = quantize(tiny_model, tmp_path / "out", "--calibration", text)
+    assert result.status == 1
+    assert result.err.splitlines()[-1] == f"error: calibration: {text}: holds a NUL character at position 1"
+
+
 @pytest.mark.parametrize(
     ("out", "reason"),
     [("{file}/out", "Not a directory"), ("{file}/a/out", "Not a directory"), ("/proc/out", "No such file")],

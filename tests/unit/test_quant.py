@@ -240,6 +240,8 @@ def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +254,7 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
         (lambda tensors: tensors[SCALE].fill_(torch.nan), f"tensor {SCALE} holds NaN or infinity"),
         (lambda tensors: tensors[SCALE][-1].fill_(torch.inf), f"tensor {SCALE} holds NaN or infinity"),
         (lambda tensors: tensors[SCALE][0].neg_(), f"tensor {SCALE} holds a negative scale"),
+        (lambda tensors: tensors[NORM][0].fill_(torch.nan), f"tensor {NORM} holds NaN or infinity"),
     ],
 )
 def test_damaged_tensors(int8: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
@@ -329,18 +332,43 @@ def test_unsupported_configurations(int8: Path, path: tuple[str, ...], value: ob
         Checkpoint.open(int8)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [WEIGHT, NORM, EMBEDDING])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(bad: float, name: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "llama-gqa")
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    tensors[WEIGHT][3, 4] = bad
-    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    edit(tmp_path / "model", lambda tensors: tensors[name].view(-1)[7].fill_(bad))
     for action in (
         lambda: quantize(tmp_path / "model", tmp_path / "out", "w8a8"),
         lambda: load(tmp_path / "model", quantize="w8a8"),
+        lambda: load(tmp_path / "model"),
     ):
-        with pytest.raises(CheckpointError, match=f"tensor {WEIGHT} holds NaN or infinity"):
+        with pytest.raises(CheckpointError, match=f"tensor {name} holds NaN or infinity"):
             action()
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama-gqa")
+    edit(tmp_path, lambda tensors: tensors[NORM][3].fill_(1e5))
+    with pytest.raises(CheckpointError, match=f"tensor {NORM} holds numbers too large for float16"):
+        load_shard(Checkpoint.open(tmp_path), Mesh.single(), dtype=torch.float16, device=CPU)
+
+
+def test_a_norm_that_takes_over_more_than_its_dtype_holds(tmp_path: Path) -> None:
+    """Its weight becomes the larger the smaller the columns behind it are made."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.half()
+        for part in "qkv":
+            tensors[f"model.layers.0.self_attn.{part}_proj.weight"][:, 5] *= 5000
+        tensors["model.layers.0.input_layernorm.weight"][5] = 30
+        tensors[EMBEDDING][:, 5] *= 1e-3
+
+    save_tiny(tmp_path / "model", "llama-gqa")
+    edit(tmp_path / "model", change)
+    message = "tensor model.layers.0.input_layernorm.weight, made larger .* exceeds float16"
+    with pytest.raises(CheckpointError, match=message):
+        quantize(tmp_path / "model", tmp_path / "out", "w8a8", "mixed")
 
 
 @pytest.mark.parametrize(("times", "energy", "factor"), [(300.0, 1.0, 1 / 16), (0.01, 1e6, 128.0), (3.5, 100.0, 1.0)])

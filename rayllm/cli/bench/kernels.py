@@ -36,19 +36,16 @@ def kernels(
             f"{SCRIPT} is not there: the kernels' benchmarks come with a checkout of rayllm, not with the installed "
             "package; clone the repository, run `make setup` in it, then this command of its .venv"
         )
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {output.parent}")
-    if output is not None and output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder; name a file")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.csv"
+        path = Path(folder) / "kernels.csv" if output is None else output
+        try:
+            path.write_text("")
+        except OSError as error:
+            raise ConfigError(f"--output: {path}: {error.strerror}") from None
         failed = _run(path, quick=quick, repeats=repeats)
-        text = path.read_text() if path.exists() else ""
-    rows = list(csv.DictReader(text.splitlines()))
+        rows = list(csv.DictReader(path.read_text().splitlines()))
     if rows:
         _print(rows)
-    if output is not None and rows:
-        output.write_text(text)
     if failed:
         note("error: a benchmark failed; what it said is above")
         raise typer.Exit(1)
