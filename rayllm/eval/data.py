@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayllm.core.errors import DataError
+from rayllm.core.errors import DataError, InvalidRequestError
+from rayllm.core.tokenizer import check_text
 from rayllm.eval.task import Document
 
 Row = dict[str, Any]
@@ -126,7 +127,21 @@ def _checked(row: object, source: str, convert: Callable[[Row], Row], table: Tab
         )
     if empty := [column for column in table.columns if converted[column] is None]:
         raise DataError(f"{source}: has null for {', '.join(empty)}")
+    for column in table.columns:
+        _check_texts(converted[column], column, source)
     return converted
+
+
+def _check_texts(value: object, column: str, source: str) -> None:
+    """None is one that no tokenizer takes."""
+    if isinstance(value, str):
+        try:
+            check_text(value, column)
+        except InvalidRequestError as error:
+            raise DataError(f"{source}: {column} {error.problem}") from None
+    elif isinstance(value, list):
+        for each in value:
+            _check_texts(each, column, source)
 
 
 def documents_of(rows: Iterable[Row], subject: str = "") -> list[Document]:
@@ -159,9 +174,20 @@ def read_rows(path: Path) -> Iterable[object]:
         if path.suffix == ".arrow":
             return _arrow_rows(path)
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return _documents([json.loads(line) for line in content.splitlines() if line.strip()])
+        return _documents(_json_lines(content))
     except (pa.ArrowException, zlib.error, ValueError, EOFError, OSError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _json_lines(content: bytes) -> list[Any]:
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return rows
 
 
 def _arrow_rows(path: Path) -> list[Row]:

@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from rayllm.client import Client, Generation, ModelInfo
 from rayllm.core.errors import CapacityError, EngineUnavailableError, RayLLMError
@@ -12,6 +12,7 @@ from rayllm.eval.backend import OnResponse, Usage
 from rayllm.eval.local_backend import sampling_params
 from rayllm.eval.scoring import ScoringCall, Span, SpanMaker, add_up, scoring_calls
 from rayllm.eval.task import Generate, Generated, Likelihood, Request
+from rayllm.eval.workers import in_parallel
 
 _CONCURRENCY = 32
 _MAX_TRIES = 8
@@ -46,9 +47,11 @@ class GrpcBackend:
 
     def run(self, requests: Sequence[Request], seeds: Sequence[int], on_response: OnResponse) -> None:
         owned: list[tuple[int, Span]] = []
+        generating: dict[int, Callable[[], Generated]] = {}
         num_spans: dict[int, int] = {}
-        for index, request in enumerate(requests):
+        for index, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
             if isinstance(request, Generate):
+                generating[index] = partial(self._generate, request, seed)
                 continue
             spans = self._spans.spans(request)
             num_spans[index] = len(spans)
@@ -56,23 +59,15 @@ class GrpcBackend:
             if not spans:
                 on_response(index, add_up([]))
         parts: dict[int, list[Likelihood]] = {}
-        with ThreadPoolExecutor(_CONCURRENCY) as pool:
-            scoring = [pool.submit(self._score, call) for call in scoring_calls(owned)]
-            generating = {
-                pool.submit(self._generate, request, seed): index
-                for index, (request, seed) in enumerate(zip(requests, seeds, strict=True))
-                if isinstance(request, Generate)
-            }
-            try:
-                for scored in as_completed(scoring):
-                    for owner, likelihood in scored.result():
-                        parts.setdefault(owner, []).append(likelihood)
-                        if len(parts[owner]) == num_spans[owner]:
-                            on_response(owner, add_up(parts.pop(owner)))
-                for generated in as_completed(generating):
-                    on_response(generating[generated], generated.result())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        scoring = [partial(self._score, call) for call in scoring_calls(owned)]
+        for _, scored in in_parallel(scoring, workers=_CONCURRENCY):
+            for owner, likelihood in scored:
+                parts.setdefault(owner, []).append(likelihood)
+                if len(parts[owner]) == num_spans[owner]:
+                    on_response(owner, add_up(parts.pop(owner)))
+        owners = list(generating)
+        for number, generated in in_parallel(list(generating.values()), workers=_CONCURRENCY):
+            on_response(owners[number], generated)
 
     def close(self) -> None:
         self._client.close()

@@ -13,9 +13,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 
 import httpx
@@ -33,6 +33,7 @@ from rayllm.eval.task import (
     RollingLoglikelihood,
     cut,
 )
+from rayllm.eval.workers import in_parallel
 
 _CONCURRENCY = 32
 _MAX_TRIES = 8
@@ -77,22 +78,18 @@ class HttpBackend:
         return Usage(prompt_tokens=self._prompt_tokens, cached_tokens=self._cached_tokens)
 
     def run(self, requests: Sequence[Request], seeds: Sequence[int], on_response: OnResponse) -> None:
-        with ThreadPoolExecutor(_CONCURRENCY) as pool:
-            with self._understood():
-                spans = {
-                    index: self._spans.spans(request)
-                    for index, request in enumerate(requests)
-                    if self._spans is not None and not isinstance(request, Generate)
-                }
-            futures = {
-                pool.submit(self._answer, request, seed, spans.get(index)): index
-                for index, (request, seed) in enumerate(zip(requests, seeds, strict=True))
+        with self._understood():
+            spans = {
+                index: self._spans.spans(request)
+                for index, request in enumerate(requests)
+                if self._spans is not None and not isinstance(request, Generate)
             }
-            try:
-                for future in as_completed(futures):
-                    on_response(futures[future], future.result())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        calls = [
+            partial(self._answer, request, seed, spans.get(index))
+            for index, (request, seed) in enumerate(zip(requests, seeds, strict=True))
+        ]
+        for index, response in in_parallel(calls, workers=_CONCURRENCY):
+            on_response(index, response)
 
     def close(self) -> None:
         self._client.close()

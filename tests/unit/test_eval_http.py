@@ -1,11 +1,16 @@
 """`rayllm eval --url` against servers that are OpenAI-compatible after their own fashion."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -209,3 +214,29 @@ def test_a_key_is_sent_where_there_is_one(
         monkeypatch.setenv("OPENAI_API_KEY", key)
     texts_of(url, Generate(prompt="x"))
     assert handler.keys == [sent, sent]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_stops_answering_holds_nobody_up(
+    server: tuple[type[Handler], str], tmp_path: Path, end: signal.Signals
+) -> None:
+    handler, url = server
+    asked = threading.Event()
+
+    def silent(self: Handler) -> None:
+        asked.set()
+        time.sleep(60)
+
+    handler.do_POST = silent  # type: ignore[method-assign]
+    row = {"goal": "to sit", "sol1": "a chair", "sol2": "a knife", "label": 0}
+    (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    command = [sys.executable, "-m", "rayllm", "eval", "--url", url, "--tasks", "piqa", "--data", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert asked.wait(120)
+            process.send_signal(end)
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == (130 if end is signal.SIGINT else 143), stderr
+    assert "Traceback" not in stderr

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,20 @@ import scipy.stats
 from rayllm.core.errors import ConfigError
 from rayllm.eval.report.page import MAX_CHANGED, render, write_report
 from rayllm.eval.report.runs import read_runs
-from rayllm.eval.report.statistics import calibration, changed, nats_per, paired_difference, paired_nats, score
+from rayllm.eval.report.statistics import (
+    calibration,
+    changed,
+    comparable,
+    nats_per,
+    paired_difference,
+    paired_nats,
+    score,
+)
 from rayllm.eval.samples import SampleStore, write_results
 from rayllm.eval.task import mean_metric
 from tests.html_page import parse
 
+KEY = ("anatomy", 0)
 HOSTILE = '<script>alert("x")</script>&amp;\x07'
 
 
@@ -330,3 +340,30 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, directories: lis
 def test_too_many_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at most 6"):
         read_runs([tmp_path] * 7)
+
+
+def test_other_documents_of_the_same_number_are_not_compared(tmp_path: Path) -> None:
+    """Two runs on data of one's own."""
+    rows = [choice_row(index, [1.0, 0.0, 0.0, index % 2 * 2.0], 0) for index in range(8)]
+    other = [choice_row(index, [0.0, 1.0, 0.0, 0.0], 0) for index in range(8)]
+    for row in other[:3]:
+        row["responses"][0]["prompt"] = "Another question?"
+    other[3]["target"] = "another"
+    other[4]["responses"][1]["continuation"] = "another"
+    runs = read_runs([write_run(tmp_path / "a", {"mmlu": rows}), write_run(tmp_path / "b", {"mmlu": other})])
+    texts = parse(render(runs)).text
+    assert "5 of the documents of B have other texts than A's of the same number, and are not compared." in texts
+    assert "3 in both" in texts
+
+
+def test_shots_make_other_prompts_of_the_same_documents() -> None:
+    old, new = choice_row(0, [0.0] * 4, 0), choice_row(0, [0.0] * 4, 0)
+    for response in new["responses"]:
+        response["prompt"] = "more shots, " + response["prompt"]
+    assert not comparable({KEY: old}, {KEY: new})
+    assert comparable({KEY: old}, {KEY: {**new, "num_fewshot": 0}})
+
+
+def test_samples_that_are_gone_are_told(tmp_path: Path, directories: list[Path]) -> None:
+    shutil.rmtree(directories[1] / "samples")
+    assert "B's folder holds no samples any more" in parse(render(read_runs(directories))).text

@@ -273,6 +273,16 @@ class TestResume:
             with pytest.raises(ConfigError, match=r"file.*: cannot be written to"):
                 claim(path, {"model": "a"})
 
+    def test_rows_that_cannot_be_written(self, backend, data, tmp_path):
+        """Once by a file in the place of a folder, once by a disk that is full."""
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/samples").write_text("")
+        (tmp_path / "b/samples/piqa").mkdir(parents=True)
+        (tmp_path / "b/samples/piqa/00000.tmp").symlink_to("/dev/full")
+        for folder, reason in (("a", "Not a directory|File exists"), ("b", "No space left on device")):
+            with pytest.raises(ConfigError, match=rf"cannot be written to \(({reason})\)"):
+                run("piqa", backend, data, tmp_path / folder)
+
     def test_a_table_of_something_else_is_no_shard(self, backend, data, tmp_path):
         (tmp_path / "samples/piqa").mkdir(parents=True)
         pq.write_table(pa.table({"subject": [""], "index": [0]}), tmp_path / "samples/piqa/00000.parquet")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.core.page import render_page, write_page
-from rayllm.eval.report.runs import Row, Run, differing_settings, read_runs, task_names
+from rayllm.eval.report.runs import Key, Row, Run, differing_settings, read_runs, task_names
 from rayllm.eval.report.statistics import (
     NATS_PER,
     Calibration,
     Difference,
     calibration,
     changed,
+    comparable,
     gained,
     nats_per,
     paired_difference,
@@ -119,6 +120,17 @@ def _notes(runs: Sequence[Run], task: str) -> list[str]:
     """What makes figures of a section hard to compare, or how they came about."""
     results = {run.letter: run.tasks[task] for run in runs if task in run.tasks}
     notes = []
+    first = runs[0].rows(task)
+    for run in runs[1:]:
+        rows = run.rows(task)
+        if others := sum(key in first for key in rows) - len(comparable(first, rows)):
+            notes.append(
+                f"{others} of the documents of {run.letter} have other texts than {runs[0].letter}'s of the same "
+                "number, and are not compared."
+            )
+    for run in runs:
+        if task in run.tasks and not run.rows(task):
+            notes.append(f"{run.letter}'s folder holds no samples any more, so nothing is compared with it.")
     for what, name in (("version", "Task version"), ("num_fewshot", "Shots"), ("num_documents", "Documents")):
         if len({str(result[what]) for result in results.values()}) > 1:
             each = ", ".join(f"{letter} {result[what]}" for letter, result in results.items())
@@ -131,11 +143,16 @@ def _notes(runs: Sequence[Run], task: str) -> list[str]:
     return notes
 
 
+def _paired(first: Run, other: Run, task: str) -> tuple[Mapping[Key, Row], Mapping[Key, Row]]:
+    rows = first.rows(task)
+    return rows, comparable(rows, other.rows(task))
+
+
 def _line(task: str, metric: str, runs: Sequence[Run], results: Sequence[Mapping[str, Any] | None]) -> Line:
     return Line(
         metric=metric,
         figures=[_of(result, metric) for result in results],
-        differences=[None, *(paired_difference(runs[0].rows(task), run.rows(task), metric) for run in runs[1:])],
+        differences=[None, *(paired_difference(*_paired(runs[0], run, task), metric) for run in runs[1:])],
     )
 
 
@@ -148,7 +165,7 @@ def _nats_line(task: str, unit: str, runs: Sequence[Run]) -> Line:
             None if ratio is None else Figure(value=ratio.value, stderr=ratio.stderr, num_documents=ratio.num_documents)
             for ratio in ratios
         ],
-        differences=[None, *(paired_nats(runs[0].rows(task), run.rows(task), unit) for run in runs[1:])],
+        differences=[None, *(paired_nats(*_paired(runs[0], run, task), unit) for run in runs[1:])],
         less_is_better=True,
     )
 
@@ -162,7 +179,7 @@ def _of(part: Mapping[str, Any] | None, metric: str) -> Figure | None:
 
 
 def _changes(task: str, metric: str, first: Run, other: Run) -> Changes:
-    pairs = changed(first.rows(task), other.rows(task), metric)
+    pairs = changed(*_paired(first, other, task), metric)
     samples = [_sample(old, new, metric) for old, new in pairs]
     worse = [sample for sample in samples if not sample.is_better]
     better = [sample for sample in samples if sample.is_better]

