@@ -66,7 +66,7 @@ def test_rotary(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: to
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_dim"), [(1, 9, 3, 64), (7, 4, 4, 80), (5, 5, 1, 20)])
 def test_rotary_store_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype).split((heads, kv_heads, kv_heads), dim=1)

@@ -94,6 +94,13 @@ def test_head_layouts(lengths: list[tuple[int, int]], heads: int, kv_heads: int,
     case.check(attend(case, DECODE, processors=8))
 
 
+@pytest.mark.parametrize("head_dim", [96, 256])
+@pytest.mark.parametrize("lengths", [STEPS[:2], [(7, 21)]], ids=["decode", "prefill"])
+def test_wide_heads(lengths: list[tuple[int, int]], head_dim: int) -> None:
+    case = make_case(lengths, heads=4, kv_heads=2, head_dim=head_dim)
+    case.check(attend(case, DECODE, processors=4))
+
+
 def test_a_group_that_fills_more_than_a_decode_block() -> None:
     case = make_case(STEPS[:2], heads=20, kv_heads=1, head_dim=16)
     case.check(attend(case, DECODE, processors=4))
