@@ -3,6 +3,7 @@
 import msgspec
 
 from rayllm.core.errors import CheckpointError
+from rayllm.core.garbage import keep_what_is_loaded
 from rayllm.engine.background_load import BackgroundLoad
 from rayllm.engine.build import ShardConfig, load_runner
 from rayllm.engine.commands import Command, Drop, Execute, InitCache, Load, LoadState, Ready
@@ -31,6 +32,7 @@ class RunnerHandler:
             return None if result is None else _encode(result)
         if isinstance(command, InitCache):
             self._runner.init_cache(command.num_blocks)
+            keep_what_is_loaded()
             return _encode(Ready(command.num_blocks))
         if isinstance(command, Load):
             self._loading = BackgroundLoad(self._runner, command.weights)

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.context import ReplicaContext
 
 from rayllm.core.errors import CheckpointError
+from rayllm.core.garbage import keep_what_is_loaded
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import Prepared, build_engine, prepare
 from rayllm.engine.ray_executor import start_ray
@@ -88,6 +89,7 @@ class InferenceReplica(InferenceServicer):
         """Serve ends the app's lifespan once the running requests are answered, or their time is up."""
         if self._routed is not None:
             await self._routed.start(ray.util.get_node_ip_address())
+        keep_what_is_loaded()
         tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self._keeper.run())]
         yield
         if self._routed is not None:
