@@ -92,7 +92,8 @@ class Members:
         time.sleep(_STACKS_S)
 
     def kill(self) -> None:
-        """Those that are stopped too. Idempotent; when it returns, no process is left on this node."""
+        """Those that are stopped too. Idempotent. When it returns, no process that had connected is left on this node;
+        those that were still starting, whose ids nobody knows, Ray ends soon after."""
         with self._lock:
             if self._killed:
                 return

@@ -20,6 +20,7 @@ from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.llm import LLM
 from rayllm.engine.ray_executor import start_ray
 from tests.ray.faults import Answers, answer, answers, config_of, noticing, shard_pids, strike
+from tests.ray.processes import wait_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
 
@@ -156,6 +157,7 @@ async def test_closing_does_not_wait_for_a_recovery(model: Path) -> None:
     assert time.monotonic() - struck < 2
     with pytest.raises(EngineUnavailableError, match="shutting down"):
         await running
+    wait_gone(shard_pids(), timeout_s=5)  # those that were to replace them had perhaps just begun
     assert shard_pids() == set()
 
 
