@@ -158,16 +158,22 @@ def test_a_cache_that_mixes_prompts_up_is_found_where_it_is_read(parity, tiny_mo
     assert (ok["decode_greedy"], ok["prefix_hit"]) == (False, False)
 
 
-def test_weights_that_are_no_numbers_are_one_error(parity, tiny_model: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(math.nan, "tensor model.norm.weight holds NaN or infinity"), (3e38, "the weights may be damaged")],
+)
+def test_weights_that_give_no_numbers_are_one_error(
+    parity, tiny_model: Path, tmp_path: Path, value: float, message: str
+):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"].fill_(math.nan)
+    weights["model.norm.weight"].fill_(value)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     status, out, err = parity(broken)
     assert (status, out) == (1, "")
     assert err.count("\n") == 1
-    assert "may be damaged" in err
+    assert message in err
 
 
 def test_bad_input_is_one_clear_error(parity, tiny_model: Path, tmp_path: Path, make_tiny_model, capsys):
