@@ -5,6 +5,7 @@ from the first save to the last: fresh memory takes longer to get than to fill. 
 what is restored from it: tensors are known by their names and whole shapes.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from rayllm.core.errors import CheckpointError, TrainingError
@@ -64,13 +65,10 @@ class Checkpointer:
         if dist.get_rank() == 0:
             self._saved.begin(state.step)
         dist.barrier(self._group)
-        exported, adapter = self._gather(), self._gather_learnt()
-        staging = self._saved.staging(state.step)
-        written = async_save(
-            self._tensors(), checkpoint_id=staging / TRAINING, process_group=self._group, async_stager=self._stager
-        )
-        assert isinstance(written, Future)
-        self._pending = self._thread.submit(self._finish, written, staging, exported, adapter, state)
+        copied = self._stager.stage(self._tensors())
+        assert isinstance(copied, dict)
+        exported, adapter = self._gather(copied), self._gather_learnt()
+        self._pending = self._thread.submit(self._finish, copied, exported, adapter, state)
 
     def wait(self) -> None:
         """Until the save that is under way, if there is one, is on the disk. Raises TrainingError if it failed."""
@@ -106,26 +104,32 @@ class Checkpointer:
         """What is saved and restored in place, by names that do not depend on the layout. A tied embedding has one
         name on the first and the last stage, and is written once."""
         tensors: dict[str, Any] = {_rng_name(): torch.get_rng_state()}
-        tied = self._step.trainee.decoder.spec.tie_word_embeddings
         for name, weight in self._step.optimizer.weights.items():
-            shared = EMBEDDING if tied and name == HEAD else name
+            shared = self._shared_name(name)
             moments = self._step.optimizer.moments(name)
             tensors[f"weight.{shared}"] = _placed(weight.local.detach(), weight)
             tensors[f"exp_avg.{shared}"] = _placed(moments["exp_avg"], weight)
             tensors[f"exp_avg_sq.{shared}"] = _placed(moments["exp_avg_sq"], weight)
         return tensors
 
-    def _gather(self) -> dict[str, Tensor]:
-        """On one rank of each stage its whole weights with what adapters add, in the export's dtype; nothing on the
-        others. A value head is of use in training alone."""
+    def _shared_name(self, name: str) -> str:
+        tied = self._step.trainee.decoder.spec.tie_word_embeddings
+        return EMBEDDING if tied and name == HEAD else name
+
+    def _gather(self, copied: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On one rank of each stage its whole weights with what adapters add; nothing on the others. Those that are
+        `copied` whole are not copied again. A value head is of use in training alone."""
         parameters = {name: one.detach() for name, one in self._step.trainee.decoder.named_parameters()}
         gathered: dict[str, Tensor] = {}
         for name in parameters:
             if name == VALUE or is_adapter(name):
                 continue
-            value = acting(name, parameters, self._step.trainee.lora, whole)
-            if self._leads:
-                gathered[plain_name(name)] = self._copy(name, value, DTYPES[self._dtype])
+            if isinstance(parameters[name], DTensor) or self._step.trainee.lora.rank:
+                value = acting(name, parameters, self._step.trainee.lora, whole)
+                if self._leads:
+                    gathered[plain_name(name)] = self._copy(name, value, DTYPES[self._dtype])
+            elif self._leads:
+                gathered[name] = copied[f"weight.{self._shared_name(name)}"]
         return gathered
 
     def _gather_learnt(self) -> dict[str, Tensor]:
@@ -149,24 +153,20 @@ class Checkpointer:
         return self._mesh.data_rank == 0 and self._mesh.tp_rank == 0
 
     def _finish(
-        self,
-        written: Future[Any],
-        staging: Path,
-        exported: dict[str, Tensor],
-        adapter: dict[str, Tensor],
-        state: TrainState,
+        self, copied: dict[str, Any], exported: dict[str, Tensor], adapter: dict[str, Tensor], state: TrainState
     ) -> None:
         """In the thread."""
-        problem, trainee = None, self._step.trainee
+        problem, trainee, staging = None, self._step.trainee, self._saved.staging(state.step)
         scores = trainee.heads is Heads.SCORE
         try:
+            save(copied, checkpoint_id=staging / TRAINING, process_group=self._group)
             if exported:
+                exported = {name: tensor.to(DTYPES[self._dtype]) for name, tensor in exported.items()}
                 tensors = stored_tensors(trainee.decoder.spec, exported, scores=scores)
                 write_part_files(staging, self._mesh.pp_rank, tensors)
             if adapter:
                 tensors = adapter_tensors(trainee.decoder.spec, adapter, scores=scores)
                 write_adapter_part(staging, self._mesh.pp_rank, tensors)
-            written.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = f"{type(error).__name__}: {error}"
         self._agree(problem)
