@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="calls a figure is the median of")
     given = parser.parse_args()
     given.csv.unlink(missing_ok=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     failed = run_all(given.csv, quick=given.quick, repeats=given.repeats, timeout=None)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

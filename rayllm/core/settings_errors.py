@@ -1,7 +1,5 @@
 """What msgspec says of a setting that it refuses, in the words of our own errors."""
 
-import enum
-from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -21,10 +19,5 @@ def _choices(config: type, place: str) -> list[Any]:
     kind: Any = config
     for name in place.split("."):
         kind = get_type_hints(kind).get(name) if isinstance(kind, type) else None
-    alternatives = [each for each in get_args(kind) if each is not NoneType]
-    for each in [kind] if get_origin(kind) is Literal or isinstance(kind, type) else alternatives:
-        if get_origin(each) is Literal:
-            return list(get_args(each))
-        if isinstance(each, type) and issubclass(each, enum.Enum):
-            return [member.value for member in each]
-    return []
+    alternatives = (kind, *get_args(kind))  # of a union
+    return next((list(get_args(each)) for each in alternatives if get_origin(each) is Literal), [])

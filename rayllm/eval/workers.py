@@ -4,6 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,7 +17,7 @@ def in_parallel(calls: Sequence[Callable[[], T]], *, workers: int) -> Iterator[t
     endpoint that says nothing would hold up the end of the process else. Hence no executor, whose threads it joins.
     """
     waiting = deque(enumerate(calls))
-    done: queue.SimpleQueue[tuple[int, Callable[[], T]]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Future[T]]] = queue.SimpleQueue()
 
     def work() -> None:
         while True:
@@ -24,27 +25,18 @@ def in_parallel(calls: Sequence[Callable[[], T]], *, workers: int) -> Iterator[t
                 index, call = waiting.popleft()
             except IndexError:
                 return
-            done.put((index, _outcome(call)))
+            future: Future[T] = Future()
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is read
+                future.set_exception(error)
+            done.put((index, future))
 
     for _ in range(min(workers, len(calls))):
         threading.Thread(target=work, daemon=True).start()
     try:
         for _ in calls:
-            index, outcome = done.get()
-            yield index, outcome()
+            index, future = done.get()
+            yield index, future.result()
     finally:
         waiting.clear()
-
-
-def _outcome(call: Callable[[], T]) -> Callable[[], T]:
-    """Gives what the call gave, or raises what it raised."""
-    try:
-        result = call()
-    except Exception as error:  # noqa: BLE001 - it is raised where the result is read
-        problem = error
-
-        def fail() -> T:
-            raise problem
-
-        return fail
-    return lambda: result

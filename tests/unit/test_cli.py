@@ -450,6 +450,7 @@ def test_configuration_file(tmp_path: Path):
         ("[scheduler]\nmax_num_seqs = 1000000000\n", r"max_num_seqs: 1000000000 is more than 65536"),
         ("[scheduler]\nmax_num_batched_tokens = 9000000\n", r"max_num_batched_tokens: 9000000 is more than 1048576"),
         ("[model]\nmax_model_len = 1000000000\n", r"max_model_len: 1000000000 is more than 16777216"),
+        ("[model]\nquantize = 'w4'\n", r"^model\.quantize: invalid enum value 'w4'; it is one of w8a8, w8a16$"),
         ("[parallel]\ntensor = true\n", r"^parallel\.tensor: expected `int`, got `bool`$"),
         ("[parallel]\ntensor = 0\n", "tensor parallel size: 0 is less than 1"),
         ("[serve]\nhttp_port = 'x'\n", r"^serve\.http_port: expected `int`"),

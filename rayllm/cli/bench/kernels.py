@@ -36,19 +36,30 @@ def kernels(
             f"{SCRIPT} is not there: the kernels' benchmarks come with a checkout of rayllm, not with the installed "
             "package; clone the repository, run `make setup` in it, then this command of its .venv"
         )
+    if output is not None:
+        _write(output, "", mode="a")  # said before the work
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.csv" if output is None else output
+        path = Path(folder) / "kernels.csv"
         try:
-            path.write_text("")
-        except OSError as error:
-            raise ConfigError(f"--output: {path}: {error.strerror}") from None
-        failed = _run(path, quick=quick, repeats=repeats)
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+            failed = _run(path, quick=quick, repeats=repeats)
+        finally:  # what an interrupted run has measured stays
+            text = path.read_text() if path.exists() else ""
+            if output is not None and text:
+                _write(output, text, mode="w")
+    rows = list(csv.DictReader(text.splitlines()))
     if rows:
         _print(rows)
     if failed:
         note("error: a benchmark failed; what it said is above")
         raise typer.Exit(1)
+
+
+def _write(output: Path, text: str, *, mode: str) -> None:
+    try:
+        with output.open(mode) as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"--output: {output}: {error.strerror}") from None
 
 
 def _run(path: Path, *, quick: bool, repeats: int | None) -> bool:

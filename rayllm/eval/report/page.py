@@ -26,6 +26,8 @@ from rayllm.eval.report.statistics import (
 MAX_CHANGED = 40  # samples shown for a task and a pair of runs
 MAX_CHARS = 3000  # of one text
 
+Rows = Mapping[Key, Row]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
@@ -100,30 +102,35 @@ def _section(task: str, runs: Sequence[Run]) -> Section:
     bars = {part: [_of(result and result["groups"].get(part), metrics[0]) for result in results] for part in parts}
     values = [figure.value for figure in chain.from_iterable(bars.values()) if figure is not None]
     rows = [list(run.rows(task).values()) for run in runs]
+    first, *others = (run.rows(task) for run in runs)
+    others = [comparable(first, other) for other in others]
     return Section(
         task=task,
         version=present[0]["version"],
-        notes=_notes(runs, task),
+        notes=_notes(runs, task, others),
         lines=[
-            *(_line(task, metric, runs, results) for metric in metrics),
-            *(_nats_line(task, NATS_PER[metric], runs) for metric in metrics if metric in NATS_PER),
+            *(_line(metric, results, first, others) for metric in metrics),
+            *(_nats_line(NATS_PER[metric], rows, first, others) for metric in metrics if metric in NATS_PER),
         ],
         bar_metric=metrics[0],
         bars=bars,
         bar_end=1.0 if max(values, default=0.0) <= 1 else max(values),
         calibrations=[calibration(each) for each in rows],
-        changes=[_changes(task, metrics[0], runs[0], run) for run in runs[1:] if task in run.tasks],
+        changes=[
+            _changes(metrics[0], first, other, run)
+            for run, other in zip(runs[1:], others, strict=True)
+            if task in run.tasks
+        ],
     )
 
 
-def _notes(runs: Sequence[Run], task: str) -> list[str]:
+def _notes(runs: Sequence[Run], task: str, compared: Sequence[Rows]) -> list[str]:
     """What makes figures of a section hard to compare, or how they came about."""
     results = {run.letter: run.tasks[task] for run in runs if task in run.tasks}
     notes = []
     first = runs[0].rows(task)
-    for run in runs[1:]:
-        rows = run.rows(task)
-        if others := sum(key in first for key in rows) - len(comparable(first, rows)):
+    for run, rows in zip(runs[1:], compared, strict=True):
+        if others := sum(key in first for key in run.rows(task)) - len(rows):
             notes.append(
                 f"{others} of the documents of {run.letter} have other texts than {runs[0].letter}'s of the same "
                 "number, and are not compared."
@@ -143,29 +150,24 @@ def _notes(runs: Sequence[Run], task: str) -> list[str]:
     return notes
 
 
-def _paired(first: Run, other: Run, task: str) -> tuple[Mapping[Key, Row], Mapping[Key, Row]]:
-    rows = first.rows(task)
-    return rows, comparable(rows, other.rows(task))
-
-
-def _line(task: str, metric: str, runs: Sequence[Run], results: Sequence[Mapping[str, Any] | None]) -> Line:
+def _line(metric: str, results: Sequence[Mapping[str, Any] | None], first: Rows, others: Sequence[Rows]) -> Line:
     return Line(
         metric=metric,
         figures=[_of(result, metric) for result in results],
-        differences=[None, *(paired_difference(*_paired(runs[0], run, task), metric) for run in runs[1:])],
+        differences=[None, *(paired_difference(first, other, metric) for other in others)],
     )
 
 
-def _nats_line(task: str, unit: str, runs: Sequence[Run]) -> Line:
+def _nats_line(unit: str, rows: Sequence[Sequence[Row]], first: Rows, others: Sequence[Rows]) -> Line:
     """Perplexities are compared by their logarithms."""
-    ratios = [nats_per(run.rows(task).values(), unit) for run in runs]
+    ratios = [nats_per(each, unit) for each in rows]
     return Line(
         metric=f"nats per {unit.removesuffix('s')}",
         figures=[
             None if ratio is None else Figure(value=ratio.value, stderr=ratio.stderr, num_documents=ratio.num_documents)
             for ratio in ratios
         ],
-        differences=[None, *(paired_nats(*_paired(runs[0], run, task), unit) for run in runs[1:])],
+        differences=[None, *(paired_nats(first, other, unit) for other in others)],
         less_is_better=True,
     )
 
@@ -178,13 +180,13 @@ def _of(part: Mapping[str, Any] | None, metric: str) -> Figure | None:
     return Figure(value=value, stderr=found["stderr"], num_documents=part["num_documents"])
 
 
-def _changes(task: str, metric: str, first: Run, other: Run) -> Changes:
-    pairs = changed(*_paired(first, other, task), metric)
+def _changes(metric: str, first: Rows, other: Rows, run: Run) -> Changes:
+    pairs = changed(first, other, metric)
     samples = [_sample(old, new, metric) for old, new in pairs]
     worse = [sample for sample in samples if not sample.is_better]
     better = [sample for sample in samples if sample.is_better]
     shown = [*worse[: MAX_CHANGED // 2], *better[: MAX_CHANGED // 2]]
-    return Changes(run=other, num_worse=len(worse), num_better=len(better), samples=shown)
+    return Changes(run=run, num_worse=len(worse), num_better=len(better), samples=shown)
 
 
 def _sample(old: Row, new: Row, metric: str) -> Sample:

@@ -32,12 +32,16 @@ class Perplexity(Task):
     name = "perplexity"
     version = "1.0"
     metrics: tuple[str, ...] = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+    column = "text"
 
     def documents(self, data: Data) -> Sequence[Document]:
-        return data.documents(Table(name="perplexity", split="test", columns=("text",), on_hub=False))
+        return data.documents(Table(name="perplexity", split="test", columns=(self.column,), on_hub=False))
 
     def original(self, document: Document) -> str:
-        return _text(document, "text")
+        text = document.fields[self.column]
+        if not isinstance(text, str):
+            raise TypeError(f"{self.column} is {type(text).__name__}, no text")
+        return text
 
     def question(self, document: Document) -> str:
         return ""
@@ -77,28 +81,22 @@ class Perplexity(Task):
         ]
 
 
-def _text(document: Document, column: str) -> str:
-    text = document.fields[column]
-    if not isinstance(text, str):
-        raise TypeError(f"{column} is {type(text).__name__}, no text")
-    return text
-
-
 class WikiText(Perplexity):
     """WikiText-2 by page, with its artefacts removed before the model reads it; words and bytes are the original's."""
 
     name = "wikitext"
     version = "2.0"
+    column = "page"
 
     def documents(self, data: Data) -> Sequence[Document]:
         return data.documents(
             Table(
-                name="EleutherAI/wikitext_document_level", config="wikitext-2-raw-v1", split="test", columns=("page",)
+                name="EleutherAI/wikitext_document_level",
+                config="wikitext-2-raw-v1",
+                split="test",
+                columns=(self.column,),
             )
         )
-
-    def original(self, document: Document) -> str:
-        return _text(document, "page")
 
     def target(self, document: Document) -> str:
         return detokenized(self.original(document))
