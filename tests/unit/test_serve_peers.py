@@ -112,11 +112,10 @@ async def test_a_port_that_another_replica_has_now():
 
 @pytest.mark.parametrize("error", [OSError("as Ray raises for some"), ValueError("and for others")])
 async def test_a_directory_that_cannot_be_read_is_read_again(error: Exception):
-    server = replica()
-    async with listening("b", server.handle) as address:
-        directory = Listed(b=address)
-        peers = peers_of(directory)
-        with running(peers.follow()) as following:
+    server, directory = replica(), Listed()
+    peers = peers_of(directory)
+    with running(peers.follow()) as following:
+        async with listening("b", server.handle) as directory.addresses["b"]:
             await until(peers.known)
             directory.error = error
             looks = directory.looks
@@ -124,9 +123,9 @@ async def test_a_directory_that_cannot_be_read_is_read_again(error: Exception):
             assert peers.known(), "those that are known stay"
             directory.error = None
             directory.addresses.clear()
-            server.close()
-            await until(lambda: not peers.all())
-            assert not following.done()
+        server.close()  # nobody listens any more, so it is not found again between two looks
+        await until(lambda: not peers.all())
+        assert not following.done()
 
 
 async def test_a_replica_that_was_taken_out_joins_again_until_it_leaves():
