@@ -305,7 +305,7 @@ async def test_a_stream_comes_piece_by_piece(server, make_client):
     assert chunks[0].usage is None
     assert chunks[-1].usage == Usage(prompt=3, completion=3, cached=1)
     assert chunks[-1].stop_reason == 7
-    assert scripted.requests[0].timeout_ms == 5000
+    assert scripted.requests[0].timeout_ms == pytest.approx(5000, abs=1000)
     assert scripted.time_remaining[0] == pytest.approx(5.0, abs=1.0)
 
 
@@ -436,7 +436,9 @@ async def test_a_deadline_ends_the_call_on_both_sides(server, make_client):
         with pytest.raises(errors.DeadlineExceededError):
             await anext(client.stream("hi"))
         assert await asyncio.to_thread(scripted.cancelled.wait, WAIT_S)
-    assert [request.timeout_ms for request in scripted.requests] == [200, 200]
+    timeouts_ms = [request.timeout_ms for request in scripted.requests]
+    assert len(timeouts_ms) == 2
+    assert all(0 < timeout_ms <= 200 for timeout_ms in timeouts_ms)  # what is left of it when the request is sent
 
 
 async def test_leaving_a_stream_ends_it_on_the_server(server, make_client):
