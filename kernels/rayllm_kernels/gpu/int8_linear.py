@@ -65,7 +65,6 @@ W8A16: dict[int, tuple[Tiles, ...]] = {
 }
 # 32-bit products run on the ordinary cores; they are there for checks, not for speed.
 FLOAT32 = Tiles(t=16, n=32, k=32, num_warps=4, num_stages=1)
-MOST_FLOAT32_OUTLIERS = 32  # rows of a tile
 ODD_OUTLIERS = W8A8[1 << 62][1]
 SPLIT_ROWS = 64  # up to here K is split where the tiles alone do not fill the GPU
 _PROGRAMS_PER_SM = 2
@@ -76,15 +75,11 @@ def tiles_for(table: dict[int, tuple[Tiles, ...]], rows: int) -> Tiles:
     return next(tiles[0] for most, tiles in table.items() if rows <= most)
 
 
-def w8a8_tiles(rows: int, outputs: int, dtype: torch.dtype, *, outliers: bool) -> Tiles:
-    """Those in use, and smaller ones where the products of outlier columns would spill: float32, which the parts of a
-    split layer are added in, has them on ordinary cores; outputs that are no multiple of 16 are read one by one."""
-    if not outliers:
-        return tiles_for(W8A8, rows)
-    if dtype == torch.float32:
-        return tiles_for(W8A8, min(rows, MOST_FLOAT32_OUTLIERS))
+def w8a8_tiles(rows: int, outputs: int, *, outliers: bool) -> Tiles:
+    """Those in use, and smaller ones where the products of outlier columns would spill: outputs that are no multiple of
+    16 are read one by one."""
     tiles = tiles_for(W8A8, rows)
-    return ODD_OUTLIERS if outputs % 16 and tiles.n > ODD_OUTLIERS.n else tiles
+    return ODD_OUTLIERS if outliers and outputs % 16 and tiles.n > ODD_OUTLIERS.n else tiles
 
 
 @torch.library.custom_op("rayllm::row_bounds", mutates_args=())
@@ -169,7 +164,13 @@ def w8a8_product(
     outlier_weight_JN: Tensor | None,
 ) -> Tensor:
     """-> [T, N] in the dtype of `kept_TJ`, which is that of x."""
-    tiles = w8a8_tiles(len(q_TK), weight_NK.shape[0], kept_TJ.dtype, outliers=kept_TJ.shape[1] > 0)
+    rows, outputs, outliers = len(q_TK), len(weight_NK), kept_TJ.shape[1] > 0
+    if outlier_weight_JN is not None and outliers and kept_TJ.dtype == torch.float32:
+        # Products of 32 bits run on the ordinary cores: beside those of int8 they leave no tile that fills tensor cores
+        none = kept_TJ[:, :0]
+        out_TN = launch_w8a8(q_TK, x_scale_T1, weight_NK, scale_N1, bias_N, none, None, tiles_for(W8A8, rows))
+        return out_TN.addmm_(kept_TJ, outlier_weight_JN.float())
+    tiles = w8a8_tiles(rows, outputs, outliers=outliers)
     return launch_w8a8(q_TK, x_scale_T1, weight_NK, scale_N1, bias_N, kept_TJ, outlier_weight_JN, tiles)
 
 

@@ -178,7 +178,7 @@ def w8a8_kernel(
             outlier = tl.load(
                 outlier_ptr + (start + j).to(tl.int64)[:, None] * N + outputs[None, :], mask=inside[:, None], other=0.0
             )
-            out = tl.dot(kept, outlier.to(kept.dtype), out, input_precision="ieee")
+            out = tl.dot(kept, outlier.to(kept.dtype), out)
     if HAS_BIAS:
         out += tl.load(bias_ptr + outputs).to(tl.float32)[None, :]
     # Within a tile 32 bits do, and half of the registers that hold addresses where 16 does not divide N

@@ -3,7 +3,6 @@
 from itertools import product
 from typing import Any
 
-import torch
 from triton.runtime import JITFunction
 
 from rayllm_kernels.gpu.int8_linear import (
@@ -30,8 +29,6 @@ from rayllm_kernels.gpu.int8_linear_kernels import (
     w8a16_kernel,
 )
 from rayllm_kernels.gpu.spec import Spec
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _spec(
@@ -187,17 +184,15 @@ def _spec_join(*, dtype: str, bias: bool, odd_n: bool) -> Spec:
 
 def _specs() -> list[Spec]:
     """Of the tiles that are not in use, what the benchmark compares."""
-    dtypes, flags = tuple(_DTYPES), (False, True)
+    dtypes, flags = ("bf16", "fp16", "fp32"), (False, True)
     specs = [_spec_w8a8(tiles, outliers=mixed) for choices in W8A8.values() for tiles in choices[1:] for mixed in flags]
     for most, choices in W8A16.items():
         specs += [_spec_w8a16(tiles, split=most <= SPLIT_ROWS) for tiles in choices[1:]]
     # K need not be a multiple of the tiles', nor N of 16
     for dtype, whole_k, odd_n in product(dtypes, flags, flags):
         shape: dict[str, Any] = {"dtype": dtype, "whole_k": whole_k, "odd_n": odd_n}
-        for mixed in flags:
-            served = dict.fromkeys(
-                w8a8_tiles(most, 8 if odd_n else 16, _DTYPES[dtype], outliers=mixed) for most in W8A8
-            )
+        for mixed in (False,) if dtype == "fp32" else flags:
+            served = dict.fromkeys(w8a8_tiles(most, 8 if odd_n else 16, outliers=mixed) for most in W8A8)
             specs += [_spec_w8a8(tiles, outliers=mixed, bias=bias, **shape) for tiles in served for bias in flags]
         widths = [(FLOAT32, True)] if dtype == "fp32" else [(tiles_for(W8A16, m), m <= SPLIT_ROWS) for m in W8A16]
         for tiles, may_split in widths:
