@@ -100,10 +100,12 @@ async def test_a_killed_proxy_comes_back(title: str, endpoint: Endpoint, report:
             await asyncio.sleep(0.1)
     back_s = time.monotonic() - struck
     assert await asyncio.gather(*streams) == expected
+    while grpc.StatusCode.OK not in codes:  # a channel of gRPC's own pauses longer and longer before it connects again
+        assert time.monotonic() - struck < SERVING_S
+        await asyncio.sleep(0.1)
     asking.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await asking
-    assert grpc.StatusCode.OK in codes
     assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
     assert endpoint.named("ray::ServeReplica") == replicas
     endpoint.settled(within_s=10.0)
