@@ -178,3 +178,29 @@ def test_in_a_cuda_graph() -> None:
     x.copy_(gpu(33, 576, dtype=torch.bfloat16, seed=5))
     graph.replay()
     assert torch.equal(out, step())
+
+
+@torch.inference_mode()
+def test_keys_and_values_are_stored_in_a_cuda_graph() -> None:
+    q, k, v = (gpu(5, 4, 64, dtype=torch.bfloat16, seed=seed) for seed in (1, 2, 3))
+    cos, sin = angles(5, 64, torch.bfloat16)
+    slots = torch.tensor([3, 17, 4, 63, 30], device="cuda")
+    cache = torch.zeros(2, 4, 16, 4, 64, dtype=torch.bfloat16, device="cuda")
+
+    def step() -> Tensor:
+        rotated: Tensor = rotary_store_kv(q, k, v, cos, sin, cache[0], cache[1], slots)
+        return rotated
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    slots.copy_(torch.tensor([9, 0, 21, 40, 2], device="cuda"))
+    k.copy_(gpu(5, 4, 64, dtype=torch.bfloat16, seed=7))
+    cache.zero_()
+    graph.replay()
+    replayed = cache.clone()
+    cache.zero_()
+    assert torch.equal(out, step())
+    assert torch.equal(replayed, cache)
+    assert replayed.any()
