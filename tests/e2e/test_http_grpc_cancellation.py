@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 
 import grpc
 import pytest
@@ -125,23 +124,17 @@ async def test_a_full_queue_refuses_at_once(narrow_server):
     waiting = asyncio.create_task(server.http.post("/v1/completions", json=body(max_tokens=1)))
     while not server.engine.stats().waiting:
         await asyncio.sleep(0.001)
-    took: dict[str, list[float]] = {"http": [], "grpc": []}
-    for stream in (False, True, False, True):
-        started = time.monotonic()
+    for stream in (False, True):
         response = await server.http.post("/v1/completions", json=body(stream=stream))
-        took["http"].append(time.monotonic() - started)
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["type"] == "rate_limit_error"
-    for method in ("Generate", "GenerateStream") * 2:
-        started = time.monotonic()
+    for method in ("Generate", "GenerateStream"):
         with pytest.raises(grpc.aio.AioRpcError) as refusal:
             await server.generate(method, request())
-        took["grpc"].append(time.monotonic() - started)
         assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert int(dict(refusal.value.trailing_metadata())["retry-after-ms"]) > 0
-    # The quickest of each, for the machine may be busy with other things.
-    assert max(map(min, took.values())) < 0.05
+    assert not running.done(), "what runs has not ended: no place was waited for"
     assert (await running).status_code == (await waiting).status_code == 200
 
 
