@@ -46,7 +46,7 @@ class Session:
             else:
                 with _signals_held(), _sigterm_left_to_python():
                     _start_local(num_cpus)
-        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             ray.shutdown()
             where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
             raise SessionError(f"{where}: {str(error).splitlines()[0]}") from error

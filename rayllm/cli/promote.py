@@ -18,7 +18,10 @@ Example: `rayllm promote ./new --url http://gpu-7:8000 --canary 10% --gate held-
 
 def promote(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face directory, at the same place on every node.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A Hugging Face directory, at the same place on every node; it must stay."
+        ),
     ],
     url: Annotated[str, typer.Option("--url", help="The endpoint's HTTP address.")] = "http://127.0.0.1:8000",
     canary: Annotated[

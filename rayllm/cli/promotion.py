@@ -8,7 +8,7 @@ import httpx
 from rayllm.cli import http_api
 from rayllm.cli.console import note, print_json
 from rayllm.core.errors import ConfigError, RayLLMError
-from rayllm.serve.admin_key import VARIABLE, find_key
+from rayllm.serve.admin_key import LOCAL_HOSTS, VARIABLE, find_key
 
 
 def change_weights(url: str, path: str, body: Mapping[str, Any], *, as_json: bool) -> None:
@@ -35,6 +35,8 @@ def _client(url: str) -> httpx.Client:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ConfigError(f"--url: {url!r} is no http:// or https:// address")
     key = find_key(parsed.host, parsed.port or 80)
+    if key is None and parsed.host in LOCAL_HOSTS:
+        raise ConfigError(f"{url}: no endpoint that you started listens there; for one of somebody else set {VARIABLE}")
     if key is None:
         raise ConfigError(f"{url}: set {VARIABLE} to the key that the endpoint was started with")
     timeout = httpx.Timeout(10.0, read=None)  # weights are read, and a gate measured, for as long as it takes

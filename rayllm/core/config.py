@@ -3,6 +3,7 @@
 Run-time facts (the number of blocks, the end-of-sequence ids) are returned by those who find them, never written back.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,8 +55,8 @@ class ParallelConfig:
         for name in ("tensor", "pipeline"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} parallel size: {getattr(self, name)} is less than 1")
-        if not self.shard_recovery_timeout_s >= 0:
-            raise ConfigError(f"shard_recovery_timeout_s: {self.shard_recovery_timeout_s} is negative")
+        if not 0 <= self.shard_recovery_timeout_s < math.inf:
+            raise ConfigError(f"shard_recovery_timeout_s: {self.shard_recovery_timeout_s} is not a number of seconds")
 
     @property
     def world_size(self) -> int:

@@ -16,13 +16,14 @@ from rayllm.models.cache import models_cache
 logger = logging.getLogger(__name__)
 
 VARIABLE = "RAYLLM_ADMIN_KEY"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def find_key(host: str, port: int) -> str | None:
     """For calls to an endpoint."""
     if (key := os.environ.get(VARIABLE)) is not None:
         return key
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in LOCAL_HOSTS:
         return None
     try:
         return _path(port).read_text()

@@ -1,5 +1,6 @@
 """What a user decides about an endpoint, beyond its engine."""
 
+import math
 from dataclasses import dataclass
 
 from rayllm.core.config import EngineConfig
@@ -48,10 +49,10 @@ class ServeConfig:
         self._check_autoscaling()
         if self.routing not in POLICIES:
             raise ConfigError(f"routing: {self.routing!r} is not one of {', '.join(POLICIES)}")
-        if not self.max_request_s > 0:
-            raise ConfigError(f"max_request_s: {self.max_request_s} is not positive")
-        if not self.drain_timeout_s >= 0:
-            raise ConfigError(f"drain_timeout_s: {self.drain_timeout_s} is negative")
+        if not 0 < self.max_request_s < math.inf:
+            raise ConfigError(f"max_request_s: {self.max_request_s} is not a positive number of seconds")
+        if not 0 <= self.drain_timeout_s < math.inf:
+            raise ConfigError(f"drain_timeout_s: {self.drain_timeout_s} is not a number of seconds")
 
     def _check_autoscaling(self) -> None:
         if self.max_replicas is None:
@@ -66,11 +67,11 @@ class ServeConfig:
             raise ConfigError(f"max_replicas: {self.max_replicas} is less than 1")
         if not 0 <= self.min_replicas <= self.max_replicas:
             raise ConfigError(f"min_replicas: {self.min_replicas} is not in [0, {self.max_replicas}]")
-        if not self.target_ttft_s > 0:
-            raise ConfigError(f"target_ttft_s: {self.target_ttft_s} is not positive")
+        if not 0 < self.target_ttft_s < math.inf:
+            raise ConfigError(f"target_ttft_s: {self.target_ttft_s} is not a positive number of seconds")
         for name in ("upscale_delay_s", "downscale_delay_s"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} is negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not a number of seconds")
 
     @property
     def most_replicas(self) -> int:

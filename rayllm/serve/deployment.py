@@ -1,6 +1,7 @@
 """The replica: one engine behind both faces, and its shards in the replica's own placement group."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.context import ReplicaContext
 
-from rayllm.core.errors import CheckpointError
+from rayllm.core.errors import RayLLMError
 from rayllm.core.garbage import keep_what_is_loaded
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import Prepared, build_engine, prepare
@@ -29,6 +30,8 @@ from rayllm.serve.routed_engine import RoutedEngine
 from rayllm.serve.service import InferenceService
 from rayllm.serve.weight_keeper import WeightKeeper
 from rayllm.serve.weight_store import WeightStore
+
+logger = logging.getLogger(__name__)
 
 _PUBLISH_S: Final = 1.0  # Ray's agent reads every few seconds
 
@@ -129,12 +132,17 @@ def _serve_drains_this_replica() -> bool:
 
 
 def _prepare(config: ServeConfig, store: WeightStore) -> Prepared:
-    """With the weights that the endpoint has come to, if they were changed."""
+    """With the weights that the endpoint has come to, if they were changed. Where those cannot be had any more, with
+    the ones before or else the configuration's: from replicas that do not start there is no rolling back."""
     record = store.read()
-    if record is None:
-        return prepare(config.engine)
-    model = replace(config.engine.model, model=record.current.directory)
-    prepared = prepare(replace(config.engine, model=model))
-    if prepared.weights.version != record.current.version:
-        raise CheckpointError(record.current.directory, f"holds other weights than {record.current.version}, as it did")
-    return prepared
+    for weights in () if record is None else (record.current, record.previous):
+        if weights is None:
+            continue
+        try:
+            prepared = prepare(replace(config.engine, model=replace(config.engine.model, model=weights.directory)))
+            if prepared.weights.version == weights.version:
+                return prepared
+            logger.error("%s holds other weights than %s, as it did", weights.directory, weights.version)
+        except RayLLMError as error:
+            logger.error("%s, which the endpoint has come to, cannot be loaded: %s", weights.version, error)
+    return prepare(config.engine)

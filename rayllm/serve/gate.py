@@ -15,13 +15,15 @@ from rayllm.eval.scoring import ScoringCall, SpanMaker, add_up, scoring_calls
 from rayllm.eval.task import Likelihood, RollingLoglikelihood
 
 MAX_RATIO = 1.01  # of the new weights' perplexity to the current ones'
+_MOST_NATS = 700.0  # a token, whose exponential a float still holds: weights that diverged lose more
 
 
 async def check_perplexity(engine: AsyncEngine, text: str, *, new: str, before: str) -> tuple[float, float]:
     """By the versions `new` and `before`. Raises PromotionError when the former is more than `MAX_RATIO` times the
     latter, and ModelOutputError when weights give no probabilities."""
-    by_new, by_before = [await _perplexity(engine, text, version) for version in (new, before)]
-    if not by_new <= MAX_RATIO * by_before:
+    nats_new, nats_before = [await _nats_per_token(engine, text, version) for version in (new, before)]
+    by_new, by_before = [math.exp(min(nats, _MOST_NATS)) for nats in (nats_new, nats_before)]
+    if not nats_new <= nats_before + math.log(MAX_RATIO):
         raise PromotionError(
             f"the gate's text has a perplexity of {by_new:.4g} by {new}, more than {MAX_RATIO - 1:.0%} above the"
             f" {by_before:.4g} by {before}"
@@ -29,12 +31,12 @@ async def check_perplexity(engine: AsyncEngine, text: str, *, new: str, before: 
     return by_new, by_before
 
 
-async def _perplexity(engine: AsyncEngine, text: str, weight_version: str) -> float:
+async def _nats_per_token(engine: AsyncEngine, text: str, weight_version: str) -> float:
     context = min(engine.limits.max_model_len, engine.limits.max_request_tokens) - 1  # it predicts one more
     spans = SpanMaker(engine.tokenizer, context).spans(RollingLoglikelihood(text=text))
     parts = [await _score(engine, call, weight_version) for call in scoring_calls([(0, span) for span in spans])]
     whole = add_up([likelihood for part in parts for likelihood in part])
-    return math.exp(-whole.logprob / max(whole.num_tokens, 1))
+    return -whole.logprob / max(whole.num_tokens, 1)
 
 
 async def _score(engine: AsyncEngine, call: ScoringCall, weight_version: str) -> list[Likelihood]:

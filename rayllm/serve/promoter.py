@@ -45,19 +45,19 @@ class Promoter:
         tried = record.candidate
         if tried is not None and tried.weights.version != weights.version:
             raise PromotionError(
-                f"{tried.weights.version} is being tried by {len(tried.replicas)} replicas; promote it or roll back"
+                f"{tried.weights.version} is being tried by {len(tried.replicas)} of the replicas: wait, if somebody is"
+                " just promoting it; a canary is to be promoted or rolled back"
             )
         if tried is None and weights.version == record.current.version:
             yield {"event": "done", **_described(record)}
             return
-        if gate is not None:
-            await asyncio.to_thread(self._store.set_gate, gate)
+        gate_name = None if gate is None else await asyncio.to_thread(self._store.keep_gate, gate)
         replicas = await self._replicas()
         first = len(replicas) if share is None else math.ceil(share * len(replicas))
         if share is None and gate is not None:
             first = 1
         try:
-            record = record.trying(Candidate(weights, tuple(replicas[:first]), is_gated=gate is not None))
+            record = record.trying(Candidate(weights, tuple(replicas[:first]), gate_name))
             yield {"event": "trying", "weight_version": weights.version, "replicas": first, "of": len(replicas)}
             reports = await self._change(record)
             yield {"event": "serving", "replicas": len(reports), **_measured(reports)}
@@ -65,18 +65,22 @@ class Promoter:
                 yield {"event": "canary", **_described(record)}
                 return
             if first < len(replicas):
-                record = record.trying(Candidate(weights, tuple(await self._replicas()), is_gated=False))
+                record = record.trying(Candidate(weights, tuple(await self._replicas())))
                 everyone = len(replicas)
                 yield {"event": "trying", "weight_version": weights.version, "replicas": everyone, "of": everyone}
                 await self._change(record)
-        except PromotionError:
-            if (await self._read()).serial == record.serial:
-                with suppress(PromotionError):
-                    await self._change(record.withdrawn())
-            raise
+        except PromotionError as error:
+            if await self._read() != record:
+                raise
+            try:
+                await self._change(record.withdrawn())
+            except PromotionError:
+                raise error from None
+            raise PromotionError(f"{error}; {record.current.version} is served as before") from error
         except BaseException:  # the caller is gone
-            if (await self._read()).serial == record.serial:
-                await asyncio.to_thread(self._store.write, record.withdrawn())
+            if await self._read() == record:
+                with suppress(PromotionError):
+                    await asyncio.to_thread(self._store.write, record.withdrawn())
             raise
         record = record.taken()
         await self._follow(record)
@@ -112,7 +116,7 @@ class Promoter:
         try:
             await self._change(record)
         except PromotionError as error:
-            if (await self._read()).serial != record.serial:
+            if await self._read() != record:
                 raise
             raise PromotionError(
                 f"{record.current.version} is served, but not yet by every replica: {error}"
@@ -123,7 +127,7 @@ class Promoter:
         await asyncio.to_thread(self._store.write, record)
         while True:
             await asyncio.sleep(_LOOK_S)
-            if (await self._read()).serial != record.serial:
+            if await self._read() != record:
                 raise PromotionError("another change of the weights took the place of this one")
             reports = await asyncio.to_thread(self._store.reports)
             concerned = set(reports) if record.candidate is None else set(reports) & set(record.candidate.replicas)

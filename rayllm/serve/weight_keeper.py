@@ -55,9 +55,14 @@ class WeightKeeper:
         except EngineUnavailableError as error:  # ranks were lost meanwhile: again, once new ones are there
             logger.warning("the weights were not changed: %s", error)
             return
+        except RayError:
+            raise
         except (RayLLMError, OSError) as error:  # whoever promotes is told, and waits for nobody
             logger.error("the weights were not changed: %s", error)
             found, problem = None, str(error)
+        except Exception as error:
+            logger.exception("the weights were not changed")
+            found, problem = None, f"{type(error).__name__}: {error}"
         if problem is not None and record.wanted(self._replica) is record.current:
             self._failed, self._again_at = record.serial, time.monotonic() + _AGAIN_S
         else:
@@ -70,9 +75,9 @@ class WeightKeeper:
         wanted, tried = record.wanted(self._replica), record.candidate
         found = None
         await self._hold(wanted)
-        if tried is not None and tried.is_gated and wanted is tried.weights:
+        if tried is not None and tried.gate is not None and wanted is tried.weights:
             await self._hold(record.current)
-            text = await asyncio.to_thread(self._store.gate)
+            text = await asyncio.to_thread(self._store.gate, tried.gate)
             found = await check_perplexity(self._engine, text, new=wanted.version, before=record.current.version)
         self._engine.use_weights(wanted.version)
         return found

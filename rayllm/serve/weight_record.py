@@ -9,15 +9,16 @@ from rayllm.engine.weights import Weights
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """Weights that some replicas try. `is_gated`: each measures them on the gate's text before it serves them."""
+    """Weights that some replicas try. `gate` names the text that each measures them on before it serves them."""
 
     weights: Weights
     replicas: tuple[str, ...]
-    is_gated: bool
+    gate: str | None = None
 
 
 class WeightRecord(msgspec.Struct, frozen=True):
-    """`serial` grows with each change. Replicas that start have `current`; `previous` is what a rollback returns to."""
+    """`serial` grows by one with each change, and names it. Replicas that start have `current`; `previous` is what a
+    rollback returns to."""
 
     serial: int
     current: Weights

@@ -127,7 +127,7 @@ def test_a_canary_is_tried_by_some(endpoint, cache, expected, other_model, near_
         told = rayllm(endpoint, cache, "promote", other_model, "--canary", "10%")
         assert f"{new} goes to 1 of 2 replicas" in told
         assert served(endpoint) == {old, new}
-        assert f"{new} is being tried by 1 replicas" in rayllm(endpoint, cache, "promote", near_model, status=1)
+        assert f"{new} is being tried by 1 of the replicas" in rayllm(endpoint, cache, "promote", near_model, status=1)
         rayllm(endpoint, cache, "rollback")
         assert served(endpoint) == {old}
         rayllm(endpoint, cache, "promote", other_model, "--canary", "50%")

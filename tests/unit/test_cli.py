@@ -274,7 +274,7 @@ def test_generate_prints_text_and_applies_the_chat_template(rayllm, tiny_model: 
         (["chat", "--url", "ftp://localhost"], "--url: 'ftp://localhost' begins with none of"),
         (["chat", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1: "),
         (["promote", "x", "--url", "127.0.0.1:1"], "--url: '127.0.0.1:1' is no http:// or https:// address"),
-        (["rollback", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1: set RAYLLM_ADMIN_KEY to the key"),
+        (["rollback", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1: no endpoint that you started listens there"),
         (["promote", "x", "--gate", "/no/such/file"], "--gate: /no/such/file cannot be read as text"),
         (["bench", "serve", "--url", "grpc://127.0.0.1:1", "--requests", "1"], "every request failed: "),
         (["serve", "--config", "/no/such/file"], "/no/such/file: No such file or directory"),
