@@ -4,6 +4,7 @@ What depends on the model (which layouts divide it) is `check_layout`'s, and nee
 file (`rayllm.train.config_file` reads TOML) and no torch.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -61,6 +62,9 @@ class DataConfig:
     path: str
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _not_negative(self, "data", "seed")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
@@ -104,9 +108,7 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is not in [0, 1)")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is negative")
+        _not_negative(self, "optimizer", "weight_decay", "max_grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,9 +252,7 @@ class PpoConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "ppo", "answer_tokens", "minibatches", "epochs", "clip_low", "clip_high", "value_clip")
-        for name in ("unfinished_penalty", "kl_coef", "value_coef"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"ppo.{name}: {getattr(self, name)} is negative")
+        _not_negative(self, "ppo", "unfinished_penalty", "kl_coef", "value_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"ppo.{name}: {getattr(self, name)} is not in [0, 1]")
@@ -350,8 +350,14 @@ def check_layout(spec: DecoderSpec, layout: LayoutConfig) -> None:
 
 def _positive(config: object, table: str, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{table}.{name}: {getattr(config, name)} is not positive")
+        if not 0 < (value := getattr(config, name)) < math.inf:
+            raise ConfigError(f"{table}.{name}: {value} is not {'finite' if value == math.inf else 'positive'}")
+
+
+def _not_negative(config: object, table: str, *names: str) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(config, name)) < math.inf:
+            raise ConfigError(f"{table}.{name}: {value} is {'not finite' if value == math.inf else 'negative'}")
 
 
 NO_ADAPTERS = LoraConfig()

@@ -4,11 +4,13 @@ The only file of training that knows Ray. Workers keep nothing that is not in th
 ends the others, and all of them are started again, as many as there is room for, and go on from the last checkpoint.
 """
 
+import fcntl
 import itertools
 import logging
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +21,13 @@ from typing import Any
 
 import msgspec
 
-from rayllm.core.errors import RayLLMError, TrainingError
+from rayllm.core.errors import ConfigError, RayLLMError, TrainingError
 from rayllm.train.config import TrainConfig
 from rayllm.train.mlflow import MlflowRun
 from rayllm.train.progress import Progress, read_progress
 from rayllm.train.recipes import RECIPES
 from rayllm.train.samples import sample_after, sample_before
+from rayllm.train.saved import SavedRun
 from rayllm.train.trainer import check, train
 from rayllm_cluster.errors import SessionError
 from rayllm_cluster.session import Session
@@ -50,7 +53,7 @@ def launch(
     Raises what `check` does, before any worker starts; TrainingError if the run fails more often than it may.
     """
     check(config, RECIPES[recipe])
-    with MlflowRun(config, recipe) if config.mlflow.tracking_uri else nullcontext():
+    with _alone(config), MlflowRun(config, recipe) if config.mlflow.tracking_uri else nullcontext():
         sample_before(config)
         try:
             session = Session.start(address=address, num_cpus=config.layout.world + 1)
@@ -59,6 +62,24 @@ def launch(
         with session, _watched(Path(config.run), on_progress):
             _run(config, recipe)
         sample_after(config)
+
+
+@contextmanager
+def _alone(config: TrainConfig) -> Iterator[None]:
+    """In the run's folder, which is made. ConfigError if it cannot be, or if another run is in it."""
+    run = Path(config.run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"run: {run} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run: another `rayllm train` is at work in {run}") from None
+        SavedRun(run).remove_leftovers()  # a full disk may lack just their room
+        yield
 
 
 def _run(config: TrainConfig, recipe: str) -> None:
@@ -127,11 +148,16 @@ def _fit(config: TrainConfig, recipe: str) -> None:
             ),
         ),
     )
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"the run failed: {_reason(error)}") from error
+    except SystemExit as stopped:  # how Ray Train answers Ctrl-C, once its workers are gone
+        raise KeyboardInterrupt from stopped
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

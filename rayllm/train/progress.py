@@ -97,10 +97,10 @@ def read_metrics(run: Path) -> list[Progress]:
 
 
 def read_progress(run: Path) -> Progress | None:
-    """The newest step, None before the first."""
+    """The newest step. None before the first, and where it cannot be told, as of figures that are not finite."""
     try:
         return msgspec.json.decode((run / _PROGRESS).read_bytes(), type=Progress)
-    except FileNotFoundError:
+    except (FileNotFoundError, msgspec.MsgspecError):
         return None
 
 

@@ -85,11 +85,15 @@ class SavedRun:
         return self.directory / f".{_name(step)}.partial"
 
     def begin(self, step: int) -> None:
-        """Makes an empty `staging`, and removes what a killed save left."""
+        """Makes an empty `staging`."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self.directory.glob(".*"):
-            shutil.rmtree(path)
+        self.remove_leftovers()
         (self.staging(step) / TRAINING).mkdir(parents=True)
+
+    def remove_leftovers(self) -> None:
+        """Of a save that was killed. For whoever is alone in the run's folder."""
+        for path in self.directory.glob(".step-*"):
+            shutil.rmtree(path)
 
     def publish(self, state: TrainState) -> Saved:
         """Seals what lies in `staging`, flushes it to the disk, and gives it its name in one step."""

@@ -40,6 +40,7 @@ from rayllm.train.schedule import rate_share
 from rayllm.train.step import StepReport, TrainStep
 from rayllm.train.trainee import Heads, build_trainee
 
+_ORIGIN = "origin.json"
 _LORA = "lora.json"
 
 # The start model's directory and its data, before workers start.
@@ -82,11 +83,18 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     if not len(dataset):
         raise DataError(f"{config.data.path}: holds no rows")
     dataset.check_tokenizer(Tokenizer.load(directory))
+    dataset.check_files()
+    if dataset.info.vocab_size > spec.vocab_size and (largest := dataset.largest_token()) >= spec.vocab_size:
+        raise DataError(f"{config.data.path}: holds token {largest}; the model has {spec.vocab_size} of them, from 0")
     for table, default in (("dpo", DpoConfig()), ("ppo", PpoConfig())):
         if recipe.name != table and getattr(config, table) != default:
             raise ConfigError(f"{table}: {recipe.name} has no use for it; only `rayllm train {table}` has")
     check_lora(config.lora, spec, random=config.model.random)
-    if SavedRun(Path(config.run)).latest() is not None:
+    run = Path(config.run)
+    if (saved := SavedRun(run).latest()) is not None:
+        if saved.state.step > config.schedule.steps:
+            raise ConfigError(f"schedule.steps: {config.schedule.steps}, but {run} is at step {saved.state.step}")
+        refuse_other_origin(run, _ORIGIN, _origin(config, recipe, directory, dataset))
         _refuse_other_lora(config, directory)
     check_evaluation(config.evaluation, recipe.heads)
     recipe.check(config, directory, dataset)
@@ -121,6 +129,7 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
     if dist.get_rank() == 0:
         write_run_info(config, recipe.name)
         if saved is None:  # of a run that goes on it was compared before
+            write_origin(run, _ORIGIN, _origin(config, recipe, directory, dataset))
             (run / _LORA).unlink(missing_ok=True)
             if lora.rank:
                 write_origin(run, _LORA, _lora_origin(config, directory))
@@ -149,6 +158,16 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         if writer is not None:
             writer.close()  # the last steps of a run that diverges are those that tell why
     checkpointer.close()
+
+
+def _origin(config: TrainConfig, recipe: Recipe, directory: Path, dataset: PackedDataset) -> dict[str, object]:
+    """What the cursor of a checkpoint and its figures mean something with."""
+    return {
+        "recipe": recipe.name,
+        "start_model": f"random, seed {config.model.seed}" if config.model.random else weight_version(directory),
+        "data_set": dataset.info.fingerprint,
+        "data_seed": config.data.seed,
+    }
 
 
 def _lora_origin(config: TrainConfig, directory: Path) -> dict[str, object]:

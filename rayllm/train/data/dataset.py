@@ -3,6 +3,7 @@
 Knows no ranks and no order. The files are mapped into memory and may be larger than it.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -60,6 +61,23 @@ class PackedDataset:
             raise DataError(
                 f"{self.directory}: was packed with another chat template ({self.info.tokenizer}); pack it again"
             )
+
+    def check_files(self) -> None:
+        """DataError if a file is not what it was when it was packed; all of them are read for it."""
+        for info in self.info.files:
+            with (self.directory / info.name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+                    raise DataError(f"{self.directory / info.name}: is damaged: not what was packed; pack it again")
+
+    def largest_token(self) -> int:
+        """Of all rows, which are read for it."""
+        columns = [name for name in self._schema.names if name in ("tokens", *Kind.PREFERENCE.columns)]
+        largest = 0
+        for number, info in enumerate(self.info.files):
+            with readable(self.directory / info.name):
+                for rows in self._file(number).iter_batches(columns=columns, use_threads=False):
+                    largest = max(largest, *(pc.max(column.flatten()).as_py() or 0 for column in rows.columns))
+        return largest
 
     def row(self, sample: int) -> PackedRow:
         """Of texts or conversations."""
