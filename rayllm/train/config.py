@@ -48,8 +48,7 @@ class LoraConfig:
     targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ConfigError(f"lora.rank: {self.rank} is negative")
+        _not_negative(self, "lora", "rank")
         _positive(self, "lora", "alpha")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"lora.targets: {list(self.targets)} must name at least one matrix, and each once")
@@ -205,10 +204,9 @@ class EvaluationConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise ConfigError(f"evaluation.every_steps: {self.every_steps} is negative")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"evaluation.num_fewshot: {self.num_fewshot} is negative")
+        _not_negative(self, "evaluation", "every_steps")
+        if self.num_fewshot is not None:
+            _not_negative(self, "evaluation", "num_fewshot")
         if self.limit is not None:
             _positive(self, "evaluation", "limit")
         if not self.tasks and any((self.data, self.every_steps, self.num_fewshot, self.limit)):

@@ -78,6 +78,8 @@ def _alone(config: TrainConfig) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"run: another `rayllm train` is at work in {run}") from None
+        except OSError as error:  # some shared file systems have no locks
+            logger.warning("nothing keeps a second run out of %s: %s", run, error.strerror)
         SavedRun(run).remove_leftovers()  # a full disk may lack just their room
         yield
 

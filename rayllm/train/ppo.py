@@ -7,13 +7,11 @@ layout, so that before the first step policy and reference are one, to the last 
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from rayllm.core.errors import ConfigError
 from rayllm.core.tokenizer import Tokenizer
 from rayllm.models.checkpoint import Checkpoint
 from rayllm.models.hub import resolve_model
-from rayllm.models.weight_version import weight_version
 from rayllm.train.config import TrainConfig, check_layout
 from rayllm.train.data.cursor import Cursor, deal
 from rayllm.train.data.dataset import PackedDataset
@@ -23,18 +21,13 @@ from rayllm.train.feed import Feed, Setup, Work
 from rayllm.train.gather import language_model
 from rayllm.train.initial import stored_weights
 from rayllm.train.objective import NextToken
-from rayllm.train.origin import refuse_other_origin, write_origin
 from rayllm.train.reward import Reward
 from rayllm.train.rollout import Rollout
-from rayllm.train.saved import SavedRun
 from rayllm.train.trainee import Heads, Trainee, build_trainee
-
-_ORIGIN = "ppo.json"
 
 
 def check(config: TrainConfig, directory: Path, dataset: PackedDataset) -> None:
-    """ConfigError for what cannot be learnt so; DataError where a run would go on with other models or other prompts
-    than it had. `directory`: of the start model."""
+    """ConfigError for what cannot be learnt so. `directory`: of the start model."""
     ppo, length = config.ppo, config.batch.sequence_length
     if config.model.random:
         raise ConfigError("model.random: answers are by a model that can write; start from one")
@@ -52,12 +45,10 @@ def check(config: TrainConfig, directory: Path, dataset: PackedDataset) -> None:
                 f"{name}: {steps} is not a multiple of the {ppo.steps_per_rollout} steps after each rollout"
                 f" (ppo.minibatches {ppo.minibatches} x ppo.epochs {ppo.epochs})"
             )
-    reward_model = _check_reward_model(config, directory)
-    if SavedRun(Path(config.run)).latest() is not None:
-        refuse_other_origin(Path(config.run), _ORIGIN, _origin(directory, reward_model, dataset))
+    _check_reward_model(config, directory)
 
 
-def _check_reward_model(config: TrainConfig, directory: Path) -> Path:
+def _check_reward_model(config: TrainConfig, directory: Path) -> None:
     if not config.ppo.reward_model:
         raise ConfigError("ppo.reward_model: name what `rayllm train rm` made; it says how good an answer is")
     path = resolve_model(config.ppo.reward_model)
@@ -71,7 +62,6 @@ def _check_reward_model(config: TrainConfig, directory: Path) -> Path:
             f"ppo.reward_model: {path} reads {checkpoint.spec.max_position_embeddings} tokens at most,"
             f" fewer than batch.sequence_length {config.batch.sequence_length}"
         )
-    return path
 
 
 def feed(setup: Setup) -> Feed:
@@ -89,8 +79,6 @@ class _Rollouts:
         self._rollout = Rollout(directory, config, setup.mesh)
         self._jury = Jury(mesh=setup.mesh, rows=config.batch.rows)
         self._experience: Experience | None = None
-        if dist.get_rank() == 0:
-            write_origin(Path(config.run), _ORIGIN, _origin(directory, reward_model, setup.dataset))
 
     def __call__(self, step: int, cursor: Cursor) -> Work:
         """The steps of a rollout go through all of its answers once in each epoch, each time in another order."""
@@ -135,12 +123,3 @@ def _build(checkpoint: Checkpoint, heads: Heads, setup: Setup) -> Trainee:
     objective = Reward() if heads is Heads.SCORE else NextToken()
     weights = stored_weights(checkpoint)
     return build_trainee(checkpoint.spec, weights, objective, setup.mesh, setup.config.model, heads=heads)
-
-
-def _origin(start_model: Path, reward_model: Path, dataset: PackedDataset) -> dict[str, object]:
-    """What a run begins with, and has to go on with."""
-    return {
-        "start_model": weight_version(start_model),
-        "reward_model": weight_version(reward_model),
-        "prompts": dataset.info.fingerprint,
-    }

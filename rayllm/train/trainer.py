@@ -41,7 +41,6 @@ from rayllm.train.step import StepReport, TrainStep
 from rayllm.train.trainee import Heads, build_trainee
 
 _ORIGIN = "origin.json"
-_LORA = "lora.json"
 
 # The start model's directory and its data, before workers start.
 Check = Callable[[TrainConfig, Path, PackedDataset], None]
@@ -83,21 +82,20 @@ def check(config: TrainConfig, recipe: Recipe) -> None:
     if not len(dataset):
         raise DataError(f"{config.data.path}: holds no rows")
     dataset.check_tokenizer(Tokenizer.load(directory))
-    dataset.check_files()
-    if dataset.info.vocab_size > spec.vocab_size and (largest := dataset.largest_token()) >= spec.vocab_size:
-        raise DataError(f"{config.data.path}: holds token {largest}; the model has {spec.vocab_size} of them, from 0")
     for table, default in (("dpo", DpoConfig()), ("ppo", PpoConfig())):
         if recipe.name != table and getattr(config, table) != default:
             raise ConfigError(f"{table}: {recipe.name} has no use for it; only `rayllm train {table}` has")
     check_lora(config.lora, spec, random=config.model.random)
+    check_evaluation(config.evaluation, recipe.heads)
+    dataset.check_files()
+    if dataset.info.vocab_size > spec.vocab_size and (largest := dataset.largest_token()) >= spec.vocab_size:
+        raise DataError(f"{config.data.path}: holds token {largest}; the model has {spec.vocab_size} of them, from 0")
+    recipe.check(config, directory, dataset)
     run = Path(config.run)
     if (saved := SavedRun(run).latest()) is not None:
         if saved.state.step > config.schedule.steps:
             raise ConfigError(f"schedule.steps: {config.schedule.steps}, but {run} is at step {saved.state.step}")
         refuse_other_origin(run, _ORIGIN, _origin(config, recipe, directory, dataset))
-        _refuse_other_lora(config, directory)
-    check_evaluation(config.evaluation, recipe.heads)
-    recipe.check(config, directory, dataset)
 
 
 def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
@@ -130,9 +128,6 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         write_run_info(config, recipe.name)
         if saved is None:  # of a run that goes on it was compared before
             write_origin(run, _ORIGIN, _origin(config, recipe, directory, dataset))
-            (run / _LORA).unlink(missing_ok=True)
-            if lora.rank:
-                write_origin(run, _LORA, _lora_origin(config, directory))
         writer = ProgressWriter(run, done)
     peak = world_peak(device, DTYPES[config.model.compute_dtype])
     evaluation = Evaluation(config, directory, trainee, mesh)
@@ -161,32 +156,16 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
 
 
 def _origin(config: TrainConfig, recipe: Recipe, directory: Path, dataset: PackedDataset) -> dict[str, object]:
-    """What the cursor of a checkpoint and its figures mean something with."""
+    """What a checkpoint's cursor, weights and figures mean something with, and say nothing of."""
+    lora, reward_model = config.lora, config.ppo.reward_model
     return {
         "recipe": recipe.name,
         "start_model": f"random, seed {config.model.seed}" if config.model.random else weight_version(directory),
+        "reward_model": weight_version(resolve_model(reward_model)) if reward_model else None,
         "data_set": dataset.info.fingerprint,
         "data_seed": config.data.seed,
+        "lora": {**msgspec.to_builtins(lora), "targets": [*lora.targets]} if lora.rank else None,
     }
-
-
-def _lora_origin(config: TrainConfig, directory: Path) -> dict[str, object]:
-    """What checkpoints of adapters say nothing of, since it does not change."""
-    return {
-        "start_model": weight_version(directory),
-        "lora": {**msgspec.to_builtins(config.lora), "targets": [*config.lora.targets]},
-    }
-
-
-def _refuse_other_lora(config: TrainConfig, directory: Path) -> None:
-    run, learns = Path(config.run), "adapters" if config.lora.rank else "all weights"
-    if bool(config.lora.rank) != (run / _LORA).exists():
-        raise DataError(
-            f"{run}: the run did not begin with {learns} learning, as [lora] says now; go on as it began, or give"
-            " `run` another folder"
-        )
-    if config.lora.rank:
-        refuse_other_origin(run, _LORA, _lora_origin(config, directory))
 
 
 def _spec(directory: Path) -> DecoderSpec:

@@ -31,6 +31,7 @@ ENGINE = EngineConfig(model=ModelConfig(model="/models/Some-Model/"))
         ({"max_replicas": 3, "downscale_delay_s": -1.0}, "downscale_delay_s"),
         ({"max_request_s": 0.0}, "max_request_s"),
         ({"max_request_s": float("nan")}, "max_request_s"),
+        ({"max_request_s": float("inf")}, "max_request_s"),
         ({"drain_timeout_s": -1.0}, "drain_timeout_s"),
     ],
 )

@@ -266,17 +266,18 @@ def test_another_reference_than_the_run_began_with_is_refused(
     run(ranks, config)
     check(config, RECIPES["dpo"])
     other = make_tiny_model(num_hidden_layers=2)
-    for dpo in (DpoConfig(), DpoConfig(loss="simpo")):  # the latter has no reference
-        with pytest.raises(DataError, match="the run began with another start model; go on with what"):
-            check(config_of(tmp_path / "run", other, data, dpo=dpo), RECIPES["dpo"])
+    with pytest.raises(DataError, match="the run began with a reference of another weights; go on with what"):
+        check(config_of(tmp_path / "run", other, data), RECIPES["dpo"])
     fewer = pack_rows(
         tmp_path / "fewer", start, Kind.PREFERENCE, [{"prompt": "a", "chosen": "b", "rejected": "c"}], LENGTH
     )
-    with pytest.raises(DataError, match="the run began with another data set"):
+    with pytest.raises(DataError, match="a reference of another data"):
         check(config_of(tmp_path / "run", start, fewer), RECIPES["dpo"])
     half = ModelConfig(start=str(start), compute_dtype="bfloat16")
     with pytest.raises(DataError, match="a reference of another dtype"):
         check(config_of(tmp_path / "run", start, data, model=half), RECIPES["dpo"])
+    with pytest.raises(DataError, match="the run began with another start model"):  # without a reference too
+        check(config_of(tmp_path / "run", other, data, dpo=DpoConfig(loss="simpo")), RECIPES["dpo"])
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_another_start_or_other_adapters_than_the_run_began_with(
     other = ModelConfig(start=str(make_tiny_model(num_hidden_layers=2)))
     with pytest.raises(DataError, match="the run began with another start model;"):
         check(replace(config, model=other), RECIPES["dpo"])
-    with pytest.raises(DataError, match="the run did not begin with all weights learning"):
+    with pytest.raises(DataError, match="the run began with another lora"):
         check(replace(config, lora=LoraConfig()), RECIPES["dpo"])
 
 

@@ -1,7 +1,7 @@
 """`w8a8_linear` and `w8a16_linear` on CUDA: which tiles serve how many rows, the launches, and the ops in torch.
 
-W8A8 is two launches: rows to int8, then one kernel that multiplies, adds the outlier columns and scales. For few rows
-W8A16 splits K, and a second launch joins the parts.
+W8A8 is two launches: rows to int8, then one kernel that multiplies, adds the outlier columns and scales (those of
+float32 torch adds). For few rows W8A16 splits K, and a second launch joins the parts.
 """
 
 import functools
