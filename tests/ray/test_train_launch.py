@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import mlflow
@@ -206,6 +207,32 @@ def cat_and_dog(folder: Path, tokenizer: Path) -> list[str]:
         *(f"data.path={pairs}", "model.random=false", f"batch.tokens={8 * LENGTH}", "batch.rows=2"),
         *("layout.shard=2", "optimizer.learning_rate=1e-3", "schedule.kind=constant"),
     ]
+
+
+def test_ctrl_c_ends_a_run_that_goes_on_when_it_is_started_again(file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", str(file), "--set=schedule.steps=%d"]
+    command[-1] %= 1_000_000
+    # A shell starts what it puts in the background with SIGINT ignored
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
+    try:
+        saved = SavedRun(tmp_path / "run")
+        while saved.latest() is None:
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=60)
+        assert running.returncode == 130
+    finally:
+        running.kill()
+    done = saved.latest()
+    assert done is not None
+    done.verify()
+    command[-1] = f"--set=schedule.steps={done.state.step + 1}"
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert saved.latest().state.step == done.state.step + 1
 
 
 def test_preferences_are_learnt_from_the_command_line_and_served(file: Path, tmp_path: Path, tiny_model: Path) -> None:

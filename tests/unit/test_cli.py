@@ -323,6 +323,12 @@ def test_wrong_usage_is_status_2(rayllm, arguments):
     assert "Traceback" not in result.err
 
 
+def test_a_cluster_that_is_no_address_is_named(rayllm):
+    result = rayllm("doctor", "--address", "nonsense")
+    assert (result.status, result.out) == (1, "")
+    assert result.err == "error: cannot join the Ray cluster at nonsense: Invalid address format: nonsense\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -18,8 +18,9 @@ from rayllm.core.errors import CheckpointError, EngineUnavailableError, Promotio
 from rayllm.core.types import Request, SamplingParams
 from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.llm import LLM
-from rayllm.models.checkpoint import WEIGHTS
+from rayllm.models.checkpoint import WEIGHTS, Checkpoint
 from rayllm.models.weight_version import weight_version
+from rayllm.quant.convert import Recipe, convert
 from tests.checkpoints import changed, configured, flip_a_bit, retrained, sealed
 
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
@@ -116,6 +117,15 @@ async def test_weights_that_are_loaded_answer_whoever_names_them(engine, tiny_mo
         answer(engine, request(PROMPTS[0], SHORT, version)), answer(engine, request(PROMPTS[0], SHORT))
     )
     assert [named, unnamed] == [plain(other_model, SHORT)[0], plain(tiny_model, SHORT)[0]]
+
+
+async def test_the_same_model_in_int8_takes_over_and_gives_back(engine, tiny_model, tmp_path):
+    convert(Checkpoint.open(tiny_model), tmp_path, Recipe(scheme="w8a16", outliers="none"))
+    assert plain(tmp_path, SHORT) != plain(tiny_model, SHORT)
+    await change(engine, tmp_path)
+    assert await answers(engine, SHORT) == plain(tmp_path, SHORT)
+    await change(engine, tiny_model)
+    assert await answers(engine, SHORT) == plain(tiny_model, SHORT)
 
 
 async def test_the_prefix_cache_is_that_of_the_weights(engine, tiny_model, other_model):
