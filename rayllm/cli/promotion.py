@@ -24,7 +24,7 @@ def change_weights(url: str, path: str, body: Mapping[str, Any], *, as_json: boo
     if last.get("event") not in ("done", "canary"):
         raise RayLLMError(f"{url}: the endpoint said no more; `rayllm rollback` goes back to what all replicas served")
     if as_json:
-        print_json({name: value for name, value in last.items() if name not in ("replicas", "of")})
+        print_json({name: value for name, value in last.items() if name not in ("replicas", "of", "waiting_for")})
 
 
 def _client(url: str) -> httpx.Client:
@@ -52,6 +52,8 @@ def _line(event: Mapping[str, Any]) -> str:
             if "perplexity" in event:
                 measured = f"; perplexity {event['perplexity']:.4g}, {event['perplexity_before']:.4g} before"
             return f"served by {event['replicas']}{measured}"
+        case "waiting":
+            return f"waiting for {', '.join(event['waiting_for'])}, which start or read the weights"
         case "returning":
             return f"back to {event['weight_version']}"
         case "canary":

@@ -7,6 +7,7 @@ candidate, until it is promoted again or rolled back.
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from rayllm.serve.weight_record import Candidate, ReplicaReport, WeightRecord
 from rayllm.serve.weight_store import WeightStore
 
 _LOOK_S = 0.2
+_SILENT_S = 10.0  # then whoever asked is told for whom it waits
 
 Event = dict[str, Any]
 
@@ -59,7 +61,9 @@ class Promoter:
         try:
             record = record.trying(Candidate(weights, tuple(replicas[:first]), gate_name))
             yield {"event": "trying", "weight_version": weights.version, "replicas": first, "of": len(replicas)}
-            reports = await self._change(record)
+            async for event in self._change(record):
+                yield event
+            _, reports = await self._look(record)
             yield {"event": "serving", "replicas": len(reports), **_measured(reports)}
             if share is not None and gate is None:
                 yield {"event": "canary", **_described(record)}
@@ -68,12 +72,14 @@ class Promoter:
                 record = record.trying(Candidate(weights, tuple(await self._replicas())))
                 everyone = len(replicas)
                 yield {"event": "trying", "weight_version": weights.version, "replicas": everyone, "of": everyone}
-                await self._change(record)
+                async for event in self._change(record):
+                    yield event
         except PromotionError as error:
             if await self._read() != record:
                 raise
             try:
-                await self._change(record.withdrawn())
+                async for event in self._change(record.withdrawn()):
+                    yield event
             except PromotionError:
                 raise error from None
             raise PromotionError(f"{error}; {record.current.version} is served as before") from error
@@ -83,7 +89,8 @@ class Promoter:
                     await asyncio.to_thread(self._store.write, record.withdrawn())
             raise
         record = record.taken()
-        await self._follow(record)
+        async for event in self._follow(record):
+            yield event
         yield {"event": "done", **_described(record)}
 
     async def rollback(self) -> AsyncGenerator[Event, None]:
@@ -93,7 +100,8 @@ class Promoter:
             raise PromotionError("there are no weights to go back to")
         record = record.rolled_back()
         yield {"event": "returning", "weight_version": record.current.version}
-        await self._follow(record)
+        async for event in self._follow(record):
+            yield event
         yield {"event": "done", **_described(record)}
 
     async def _read(self) -> WeightRecord:
@@ -111,10 +119,11 @@ class Promoter:
     async def _replicas(self) -> list[str]:
         return sorted(await asyncio.to_thread(self._store.reports))
 
-    async def _follow(self, record: WeightRecord) -> None:
+    async def _follow(self, record: WeightRecord) -> AsyncGenerator[Event, None]:
         """`_change` to what all replicas are to serve from now on, and try to until they do."""
         try:
-            await self._change(record)
+            async for event in self._change(record):
+                yield event
         except PromotionError as error:
             if await self._read() != record:
                 raise
@@ -122,27 +131,38 @@ class Promoter:
                 f"{record.current.version} is served, but not yet by every replica: {error}"
             ) from error
 
-    async def _change(self, record: WeightRecord) -> dict[str, ReplicaReport]:
-        """Returns when every replica that the record concerns has followed: those that try a candidate, else all."""
+    async def _change(self, record: WeightRecord) -> AsyncGenerator[Event, None]:
+        """Ends when every replica that the record concerns has followed: those that try a candidate, else all. Tells
+        for whom it waits, if that is long."""
         await asyncio.to_thread(self._store.write, record)
+        said, silent_until = set[str](), time.monotonic() + _SILENT_S
         while True:
             await asyncio.sleep(_LOOK_S)
-            if await self._read() != record:
-                raise PromotionError("another change of the weights took the place of this one")
-            reports = await asyncio.to_thread(self._store.reports)
-            concerned = set(reports) if record.candidate is None else set(reports) & set(record.candidate.replicas)
-            if not concerned:
-                raise PromotionError("the replicas that were to try the weights are gone")
-            followed = {
-                replica: report
-                for replica in concerned
-                if (report := reports[replica]) is not None and report.serial >= record.serial
-            }
-            for report in followed.values():
-                if report.problem is not None:
-                    raise PromotionError(report.problem)
-            if len(followed) == len(concerned):
-                return followed
+            behind, _ = await self._look(record)
+            if not behind:
+                return
+            if behind != said and time.monotonic() >= silent_until:
+                yield {"event": "waiting", "waiting_for": sorted(behind)}
+                said, silent_until = behind, time.monotonic() + _SILENT_S
+
+    async def _look(self, record: WeightRecord) -> tuple[set[str], dict[str, ReplicaReport]]:
+        """-> the replicas that have not followed, and what those say that have. Raises PromotionError for a problem of
+        one of them, and when the record is no longer the last."""
+        if await self._read() != record:
+            raise PromotionError("another change of the weights took the place of this one")
+        reports = await asyncio.to_thread(self._store.reports)
+        concerned = set(reports) if record.candidate is None else set(reports) & set(record.candidate.replicas)
+        if not concerned:
+            raise PromotionError("the replicas that were to try the weights are gone")
+        followed = {
+            replica: report
+            for replica in concerned
+            if (report := reports[replica]) is not None and report.serial >= record.serial
+        }
+        for report in followed.values():
+            if report.problem is not None:
+                raise PromotionError(report.problem)
+        return concerned - set(followed), followed
 
 
 def _described(record: WeightRecord) -> Event:

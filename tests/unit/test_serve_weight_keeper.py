@@ -15,7 +15,7 @@ from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.build import Prepared, build_engine, prepare, start_local
 from rayllm.engine.weights import Weights
 from rayllm.models.checkpoint import Checkpoint
-from rayllm.serve import weight_keeper
+from rayllm.serve import promoter, weight_keeper
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.deployment import _prepare
 from rayllm.serve.gate import check_perplexity
@@ -125,14 +125,29 @@ async def test_weights_that_diverged_do_not_pass_the_gate(
 async def test_a_promotion_that_another_has_overtaken_is_refused(prepared: Prepared, other: Weights) -> None:
     """Both have read the same record."""
     store = Store()
-    promoter = Promoter(prepared, store)  # type: ignore[arg-type]
-    promotion = promoter.promote(Path(other.directory), share=None, gate=None)
+    promotion = Promoter(prepared, store).promote(Path(other.directory), share=None, gate=None)  # type: ignore[arg-type]
     assert (await anext(promotion))["event"] == "trying"
     overtaking = WeightRecord(1, prepared.weights, None, Candidate(prepared.weights, ("r",)))
     store.write(overtaking)
     with pytest.raises(PromotionError, match="another change of the weights took the place of this one"):
         await anext(promotion)
     assert store.record == overtaking
+
+
+async def test_whoever_promotes_is_told_for_whom_it_waits(
+    prepared: Prepared, other: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promoter, "_SILENT_S", 0.0)
+    store = Store()
+    promotion = Promoter(prepared, store).promote(Path(other.directory), share=None, gate=None)  # type: ignore[arg-type]
+    events = []
+    async for event in promotion:
+        events.append(event)
+        if event["event"] == "waiting":
+            assert store.record is not None
+            store.reported.append(ReplicaReport(store.record.serial, other.version))
+    assert [event["event"] for event in events] == ["trying", "waiting", "serving", "waiting", "done"]
+    assert events[1]["waiting_for"] == ["r"]
 
 
 @pytest.mark.parametrize("previous", [True, False], ids=["the previous ones", "the configuration's"])
@@ -163,8 +178,8 @@ async def test_who_rolls_back_is_told_that_a_replica_stays_behind(prepared: Prep
     store = Store()
     store.record = WeightRecord(1, prepared.weights, other)
     store.reported.append(ReplicaReport(2, prepared.weights.version, "the disk is gone"))
-    promoter = Promoter(prepared, store)  # type: ignore[arg-type]
+    rollback = Promoter(prepared, store).rollback()  # type: ignore[arg-type]
     with pytest.raises(PromotionError, match=f"{other.version} is served, but not yet by every replica: the disk is"):
-        async for _ in promoter.rollback():
+        async for _ in rollback:
             pass
     assert store.record == WeightRecord(2, other, prepared.weights)
