@@ -62,7 +62,7 @@ def config_of(run: Path, start: Path, data: Path, **changes: Any) -> TrainConfig
     settings: dict[str, Any] = {
         "model": ModelConfig(start=str(start)),
         "batch": BatchConfig(sequence_length=LENGTH, tokens=PAIRS_PER_STEP * LENGTH),
-        "optimizer": OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, eps=1e-4),
+        "optimizer": OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, max_grad_norm=1.0, eps=1e-4),
         "schedule": ScheduleConfig(steps=STEPS, kind="constant"),
         "checkpoint": CheckpointConfig(every_steps=1, keep_last=STEPS),
     }
