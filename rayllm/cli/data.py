@@ -22,6 +22,17 @@ Example: `rayllm data pack pairs.jsonl --kind preference --output pairs --tokeni
 Example: `rayllm data pack questions.jsonl --kind prompt --output prompts --tokenizer ./my-model --sequence-length 256`
 """
 
+_COUNTS = (
+    "num_rows",
+    "num_documents",
+    "num_pieces",
+    "num_left_out",
+    "num_tokens",
+    "num_targets",
+    "num_empty",
+    "num_dropped",
+)
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Make training sets ready, and look at what a model will see.",
@@ -100,12 +111,10 @@ def _facts(info: "DatasetInfo", output: Path) -> dict[str, Any]:
 
     slots = info.num_rows * info.sequence_length
     facts: dict[str, Any] = {"directory": str(output), "kind": info.kind.value, "sequence_length": info.sequence_length}
-    for name in ("num_rows", "num_documents", "num_pieces", "num_tokens", "num_targets", "num_empty", "num_dropped"):
+    for name in _COUNTS:
         facts[name] = getattr(info, name)
     if info.kind not in UNCUT_SCHEMAS:
-        # the first token of each piece that goes on is there twice
-        held = info.num_tokens + info.num_pieces - info.num_documents
-        facts["padding"] = 1 - held / slots
+        facts["padding"] = info.num_padding / slots
     return {**facts, "files": len(info.files), "fingerprint": info.fingerprint}
 
 
@@ -113,7 +122,11 @@ def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("", facts.pop("directory"))
-    names = {"num_targets": "tokens that are learnt", "padding": "share of padding"}
+    names = {
+        "num_left_out": "pieces left out, in which nothing is learnt",
+        "num_targets": "tokens that are learnt",
+        "padding": "share of padding",
+    }
     for name, value in facts.items():
         shown = f"{value:.2%}" if isinstance(value, float) else str(value)
         table.add_row(names.get(name, name.removeprefix("num_").replace("_", " ")), shown)

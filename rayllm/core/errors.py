@@ -13,6 +13,10 @@ class RayLLMError(Exception):
 
     code: ClassVar[str] = "internal"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as it is: several are made from other arguments than their message, which alone `Exception` knows."""
+        return _unpickled, (type(self), self.args, self.__dict__)
+
 
 class ConfigError(RayLLMError):
     """A configuration that cannot work; raised at start-up, before weights are read."""
@@ -117,3 +121,15 @@ class TrainingError(RayLLMError):
     """Training that cannot go on, or cannot be taken up again; the message says why."""
 
     code = "training_failed"
+
+
+class DivergedError(TrainingError):
+    """Figures of a run that are no longer finite: from the same checkpoint they would be so again."""
+
+    code = "training_diverged"
+
+
+def _unpickled(kind: type[RayLLMError], args: tuple[object, ...], fields: dict[str, object]) -> RayLLMError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error

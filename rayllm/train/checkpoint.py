@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from rayllm.core.errors import CheckpointError, TrainingError
+from rayllm.core.errors import CheckpointError, RayLLMError, TrainingError
 from rayllm.models.checkpoint import DTYPES
 from rayllm.train.config import CheckpointConfig, DType
 from rayllm.train.export import join_part_files, stored_tensors, write_config, write_part_files
@@ -156,8 +156,8 @@ class Checkpointer:
         self, copied: dict[str, Any], exported: dict[str, Tensor], adapter: dict[str, Tensor], state: TrainState
     ) -> None:
         """In the thread."""
-        problem, trainee, staging = None, self._step.trainee, self._saved.staging(state.step)
-        scores = trainee.heads is Heads.SCORE
+        trainee, staging = self._step.trainee, self._saved.staging(state.step)
+        scores, problem = trainee.heads is Heads.SCORE, None
         try:
             save(copied, checkpoint_id=staging / TRAINING, process_group=self._group)
             if exported:
@@ -168,31 +168,37 @@ class Checkpointer:
                 tensors = adapter_tensors(trainee.decoder.spec, adapter, scores=scores)
                 write_adapter_part(staging, self._mesh.pp_rank, tensors)
         except (OSError, RuntimeError, CheckpointException) as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = self._not_written(staging, error)
         self._agree(problem)
         if dist.get_rank() == 0:
-            join_part_files(staging)
-            write_config(self._source, staging, self._dtype, scores=scores)
-            if trainee.lora.rank:
-                join_adapter(staging, self._source, trainee.lora, scores=scores)
-            self._saved.publish(state)
+            try:
+                join_part_files(staging)
+                write_config(self._source, staging, self._dtype, scores=scores)
+                if trainee.lora.rank:
+                    join_adapter(staging, self._source, trainee.lora, scores=scores)
+                self._saved.publish(state)
+            except OSError as error:
+                raise self._not_written(staging, error) from error
             self._saved.prune(self._config)
 
-    def _agree(self, problem: str | None) -> None:
-        """Raises on every rank what is wrong on any."""
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem, group=self._group)
-        for rank, one in enumerate(problems):
-            if one is not None:
-                raise TrainingError(f"checkpoint: rank {rank}: {one}")
+    def _not_written(self, staging: Path, error: BaseException) -> TrainingError:
+        return TrainingError(f"{staging}: rank {dist.get_rank()} cannot write it: {type(error).__name__}: {error}")
 
-    def _problem_of(self, saved: Saved) -> str | None:
+    def _agree(self, problem: RayLLMError | None) -> None:
+        """Raises on every rank what is wrong on any."""
+        problems: list[RayLLMError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self._group)
+        for one in problems:
+            if one is not None:
+                raise one
+
+    def _problem_of(self, saved: Saved) -> CheckpointError | None:
         """One rank reads the files for all."""
         if dist.get_rank() == 0:
             try:
                 saved.verify()
             except CheckpointError as error:
-                return str(error)
+                return error
         return None
 
 

@@ -128,6 +128,8 @@ class ScheduleConfig:
         _positive(self, "schedule", "steps")
         if not 0 <= self.final <= 1:
             raise ConfigError(f"schedule.final: {self.final} is not in [0, 1]")
+        if self.kind == "constant" and self.final:
+            raise ConfigError("schedule.final: constant does not decay; only cosine and wsd do")
         if self.warmup_steps < 0 or self.decay_steps < 0:
             raise ConfigError("schedule: warmup_steps and decay_steps must not be negative")
         if self.kind == "wsd" and self.decay_steps == 0:
@@ -178,7 +180,8 @@ class LayoutConfig:
 class CheckpointConfig:
     """One at the end, and one after each `every_steps` steps; 0: none but the last.
 
-    The newest `keep_last` are kept, and beside them the `keep_best` with the lowest loss.
+    The newest `keep_last` are kept, and beside them the `keep_best` with the lowest loss, of PPO with the highest
+    reward, in the mean of the steps since the checkpoint before.
     """
 
     every_steps: int = 0
@@ -250,6 +253,8 @@ class PpoConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "ppo", "answer_tokens", "minibatches", "epochs", "clip_low", "clip_high", "value_clip")
+        if self.clip_low > 1:
+            raise ConfigError(f"ppo.clip_low: {self.clip_low} is more than 1, and no ratio is below 0")
         _not_negative(self, "ppo", "unfinished_penalty", "kl_coef", "value_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:

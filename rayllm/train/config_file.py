@@ -9,7 +9,8 @@ start = "smollm2-135m"
 sequence_length = 512
 tokens = 32768
 
-A value on the command line is TOML too; what is no TOML (a bare word, a path) is a string.
+A value on the command line is TOML too; what is no TOML (a bare word, a path) is a string, and so is all of a setting
+that is one.
 """
 
 import dataclasses
@@ -49,10 +50,21 @@ def _parse(setting: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    for name in reversed(key.strip().split(".")):
+    names = key.strip().split(".")
+    if _type_of(names) is str and not isinstance(value, str):
+        value = text
+    for name in reversed(names):
         value = {name: value}
     _check_names(value, TrainConfig, "--set")
     return dict(value)
+
+
+def _type_of(names: Iterable[str]) -> object:
+    """Of the setting that `names` lead to; None if there is none."""
+    kind: Any = TrainConfig
+    for name in names:
+        kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from rayllm.core.errors import ConfigError, RayLLMError, TrainingError
+from rayllm.core.errors import ConfigError, DivergedError, RayLLMError, TrainingError
 from rayllm.train.config import TrainConfig
 from rayllm.train.mlflow import MlflowRun
 from rayllm.train.progress import Progress, read_progress
@@ -40,6 +40,10 @@ _POLL_S = 0.2
 _ROOM_S = 2.0  # between two looks at how much room there is
 
 
+class _LostError(TrainingError):
+    """What ended the run need not come again."""
+
+
 def launch(
     config: TrainConfig,
     recipe: str,
@@ -50,7 +54,8 @@ def launch(
     """Returns when the run is over. `address`: of a cluster; None: this machine, or the cluster at RAY_ADDRESS. The
     prompts of `config.samples` are answered in this process, when no worker runs.
 
-    Raises what `check` does, before any worker starts; TrainingError if the run fails more often than it may.
+    Raises what `check` does, before any worker starts; TrainingError if the run fails more often than it may, or for
+    what would fail again.
     """
     check(config, RECIPES[recipe])
     with _alone(config), MlflowRun(config, recipe) if config.mlflow.tracking_uri else nullcontext():
@@ -89,45 +94,54 @@ def _run(config: TrainConfig, recipe: str) -> None:
     for failures in itertools.count(1):
         try:
             _fit(_sized(config), recipe)
-        except TrainingError as error:
+        except _LostError as error:
             if failures > config.restarts:
                 raise
-            logger.warning("%s; going on from its last checkpoint (%d of %d)", error, failures, config.restarts)
+            saved = SavedRun(Path(config.run)).latest()
+            where = "there was no checkpoint yet: again from the start" if saved is None else "from its last checkpoint"
+            logger.warning("%s; going on, %s (%d of %d)", error, where, failures, config.restarts)
         else:
             return
 
 
 def _sized(config: TrainConfig) -> TrainConfig:
-    """With as many groups as there is room for; waits for the least that may be."""
-    if not config.layout.min_replicate:
-        return config
+    """With as many groups as there is room for; waits for the least that may be. Says that the run will wait."""
+    layout = config.layout
+    if not layout.min_replicate:
+        room = max(_there_are("GPU"), _there_are("CPU"))
+        if room < layout.world:
+            logger.warning("%s: waiting for room for %d workers, of which %d have it", config.run, layout.world, room)
+        return config  # Ray waits, and asks its autoscaler
     waits = False
     while (number := _largest(config)) is None:
         if not waits:
             logger.warning("%s: waiting for room for %d groups", config.run, config.replicates[0])
         waits = True
         time.sleep(_ROOM_S)
-    return replace(config, layout=replace(config.layout, replicate=number))
+    return replace(config, layout=replace(layout, replicate=number))
 
 
 def _largest(config: TrainConfig) -> int | None:
     """How many groups the cluster has room for, of the numbers that may be."""
+    groups = (_there_are("GPU") or _there_are("CPU")) * config.layout.replicate // config.layout.world
+    return max((number for number in config.replicates if number <= groups), default=None)
+
+
+def _there_are(resource: str) -> int:
+    """In the whole cluster."""
     import ray
 
-    resources, layout = ray.cluster_resources(), config.layout
-    room = int(resources.get("GPU", 0) or resources.get("CPU", 0)) * layout.replicate // layout.world
-    return max((number for number in config.replicates if number <= room), default=None)
+    return int(ray.cluster_resources().get(resource, 0))
 
 
 def _fit(config: TrainConfig, recipe: str) -> None:
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from rayllm_cluster.torch_config import ReachableTorchConfig
 
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.layout.world
+    use_gpu = _there_are("GPU") >= config.layout.world
     scratch = Path(config.run).resolve() / ".ray"
     trainer = TorchTrainer(
         _worker,
@@ -154,7 +168,9 @@ def _fit(config: TrainConfig, recipe: str) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise TrainingError(f"the run failed: {_reason(error)}") from error
+        cause = _cause(error)
+        failure = _LostError if _need_not_come_again(cause) else TrainingError
+        raise failure(f"the run failed: {_line(cause)}") from error
     except SystemExit as stopped:  # how Ray Train answers Ctrl-C, once its workers are gone
         raise KeyboardInterrupt from stopped
     finally:
@@ -184,13 +200,24 @@ def _worker(arguments: dict[str, Any]) -> None:
         raise TrainingError(f"rank {rank} waited longer than {limit} s for another rank, which stalls") from error
 
 
-def _reason(error: Exception) -> str:
-    """What the workers say, in one line: an error of ours before one that only followed from it."""
+def _cause(error: Exception) -> Exception:
+    """What the workers say: an error of ours before one that only followed from it."""
     failures = [cause for _, cause in sorted(getattr(error, "worker_failures", {}).items())]
     causes = [getattr(failure, "cause", None) or failure for failure in failures]
     causes.sort(key=lambda cause: not isinstance(cause, RayLLMError))
-    lines = str(causes[0] if causes else error).strip().splitlines()
+    return causes[0] if causes else error
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
+
+
+def _need_not_come_again(cause: Exception) -> bool:
+    """Not so what is wrong with data, a checkpoint or the numbers themselves."""
+    if isinstance(cause, RayLLMError):
+        return isinstance(cause, TrainingError) and not isinstance(cause, DivergedError)
+    return True
 
 
 @contextmanager

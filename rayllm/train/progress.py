@@ -5,6 +5,7 @@ The first two are replaced whole, never written into, so that a reader sees one 
 no ranks: one process writes.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +16,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayllm.core.errors import TrainingError
 from rayllm.train.data.parquet import open_parquet, readable
 from rayllm.train.tensorboard import EventFile
 
@@ -25,12 +27,14 @@ _FLUSH_S = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """After `step` of `steps`. `measures`: what the recipe tells of a step beside its loss; each is a column of its own
-    in metrics.parquet. `count`: the targets or pairs that the step's loss was taken over, on all ranks;
-    `tokens_per_second`: all tokens of the step, padding too, by the wall clock; `flops_per_second`: what these take by
-    the model's shape (`rayllm.train.flops`), of all ranks. `mfu`: its share of the peak that the cards' data sheet
-    states; where none is known, on a CPU say, `matmul_share`: of the rate that matrix products reached as the run
-    began. `memory_bytes`: the most that rank 0 has held, on the GPU where there is one; `pid`: rank 0's process."""
+    """After `step` of `steps`; of step 0 `measures` alone are known, and other figures are NaN.
+
+    `measures`: what the recipe tells of a step beside its loss; each is a column of its own in metrics.parquet.
+    `count`: the targets or pairs that the step's loss was taken over, on all ranks; `tokens_per_second`: all tokens of
+    the step, padding too, by the wall clock; `flops_per_second`: what these take by the model's shape
+    (`rayllm.train.flops`), of all ranks. `mfu`: its share of the peak that the cards' data sheet states; where none is
+    known, on a CPU say, `matmul_share`: of the rate that matrix products reached as the run began. `memory_bytes`: the
+    most that rank 0 has held, on the GPU where there is one; `pid`: rank 0's process."""
 
     step: int
     steps: int
@@ -54,7 +58,7 @@ class ProgressWriter:
     def __init__(self, run: Path, first_step: int) -> None:
         self._run = run
         run.mkdir(parents=True, exist_ok=True)
-        self._rows = [row for row in read_metrics(run) if row.step <= first_step]
+        self._rows = [row for row in read_metrics(run) if row.step <= first_step] if first_step else []
         self._events = EventFile(run, first_step)
         self._flushed = time.monotonic()
 
@@ -81,9 +85,9 @@ class ProgressWriter:
 
 
 def figures(progress: Progress) -> dict[str, float]:
-    """What there is to draw over the steps."""
-    row = _flat(progress)
-    return {name: value for name, value in row.items() if name not in _NO_FIGURES and value is not None}
+    """What there is to draw over the steps, if it is finite."""
+    row = {name: value for name, value in _flat(progress).items() if name not in _NO_FIGURES and value is not None}
+    return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
 def read_metrics(run: Path) -> list[Progress]:
@@ -118,5 +122,8 @@ def _of_flat(row: dict[str, Any]) -> Progress:
 
 def _replace(path: Path, content: bytes) -> None:
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_bytes(content)
-    staging.replace(path)
+    try:
+        staging.write_bytes(content)
+        staging.replace(path)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayllm.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from rayllm.core.errors import TrainingError
+from rayllm.core.errors import DivergedError
 from rayllm.core.types import FinishReason, SamplingParams
 from rayllm.engine.build import prepare
 from rayllm.engine.llm import LLM
@@ -91,7 +91,7 @@ class Rollout:
 def _answered(output: RequestOutput) -> Answer:
     [completion] = output.outputs
     if completion.finish_reason is FinishReason.ERROR:
-        raise TrainingError("the policy gives no distribution to draw an answer from: training has diverged")
+        raise DivergedError("the policy gives no distribution to draw an answer from: training has diverged")
     return Answer(
         prompt=output.prompt_token_ids,
         tokens=completion.token_ids,

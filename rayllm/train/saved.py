@@ -33,11 +33,18 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """What there is to know of a run after `step` steps, besides tensors. `loss`: of the last; `cursor`: the data's."""
+    """What there is to know of a run after `step` steps, besides tensors. `loss` and, where answers have one, `reward`:
+    means over the steps since the checkpoint before; `cursor`: the data's."""
 
     step: int
     loss: float
+    reward: float | None = None
     cursor: Mapping[str, Any]
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """The lowest is the best: by reward where there is one, for the loss of a policy gradient says nothing."""
+        return (self.loss if self.reward is None else -self.reward, -self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,7 @@ class SavedRun:
 
     def prune(self, config: CheckpointConfig) -> None:
         saved = self.all()
-        ranked = sorted(saved, key=lambda one: (one.state.loss, -one.state.step)) if config.keep_best else []
+        ranked = sorted(saved, key=lambda one: one.state.rank) if config.keep_best else []
         kept = {*saved[-config.keep_last :], *ranked[: config.keep_best]}
         for one in saved:
             if one not in kept:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from rayllm.core.errors import DataError, TrainingError
+from rayllm.core.errors import DataError, DivergedError
 from rayllm.models.spec import DecoderSpec
 from rayllm.train.batch import MicroBatch
 from rayllm.train.config import OptimizerConfig
@@ -60,7 +60,7 @@ class TrainStep:
         """`batches`: this rank's micro-batches, as many as every other rank has; ranks that share their data (of one
         tensor group, of all stages) get the same. `rate_share`: the learning rate as a share of its peak.
 
-        Raises DataError where no rank has anything to learn from, TrainingError where the loss or a gradient is not
+        Raises DataError where no rank has anything to learn from, DivergedError where the loss or a gradient is not
         finite; the weights are then what they were before.
         """
         batches = [batch.to(self.mesh.device) for batch in batches]
@@ -80,7 +80,7 @@ class TrainStep:
             add_tied_gradients(self.optimizer, self._spec, self.mesh)
             norm = grad_norm(self.optimizer, self._spec, self.mesh)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(f"the loss is {loss} and the norm of its gradient {norm}: training has diverged")
+                raise DivergedError(f"the loss is {loss} and the norm of its gradient {norm}: training has diverged")
             if self._max_grad_norm and norm > self._max_grad_norm:
                 torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ of torch does
             rate = self.optimizer.step(rate_share)

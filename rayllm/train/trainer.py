@@ -1,12 +1,14 @@
 """A run from its configuration to its last checkpoint, as each rank goes through it. Knows no Ray."""
 
 import json
+import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
 import torch
@@ -41,6 +43,9 @@ from rayllm.train.step import StepReport, TrainStep
 from rayllm.train.trainee import Heads, build_trainee
 
 _ORIGIN = "origin.json"
+_NO_STEP = StepReport(
+    loss=math.nan, measures={}, count=0, tokens=0, flops=0, grad_norm=math.nan, learning_rate=math.nan
+)
 
 # The start model's directory and its data, before workers start.
 Check = Callable[[TrainConfig, Path, PackedDataset], None]
@@ -131,9 +136,12 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         writer = ProgressWriter(run, done)
     peak = world_peak(device, DTYPES[config.model.compute_dtype])
     evaluation = Evaluation(config, directory, trainee, mesh)
-    if done == 0 and evaluation.is_due(0):
-        evaluation(0)
+    since_saved: list[StepReport] = []
     try:
+        if done == 0 and evaluation.is_due(0):
+            unmoved = replace(_NO_STEP, measures=evaluation(0))
+            if writer is not None:
+                writer.add(_progress(config, 0, unmoved, math.nan, device, peak))
         while done < config.schedule.steps:
             started = time.monotonic()
             work = feed(done, cursor)
@@ -141,14 +149,16 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
             done, cursor = done + 1, work.cursor
             seconds = time.monotonic() - started
             evaluated = evaluation(done) if evaluation.is_due(done) else {}
+            report = replace(report, measures={**work.measures, **report.measures, **evaluated})
+            since_saved.append(report)
             if writer is not None:
-                report = replace(report, measures={**work.measures, **report.measures, **evaluated})
                 writer.add(_progress(config, done, report, seconds, device, peak))
             every = config.checkpoint.every_steps
             if done == config.schedule.steps or (every and done % every == 0):
                 if writer is not None:
                     writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
-                checkpointer.save(TrainState(step=done, loss=report.loss, cursor=cursor.state))
+                checkpointer.save(_state(done, since_saved, cursor))
+                since_saved.clear()
     finally:
         if writer is not None:
             writer.close()  # the last steps of a run that diverges are those that tell why
@@ -168,11 +178,23 @@ def _origin(config: TrainConfig, recipe: Recipe, directory: Path, dataset: Packe
     }
 
 
+def _state(step: int, since_saved: Sequence[StepReport], cursor: Cursor) -> TrainState:
+    rewards = [report.measures["reward"] for report in since_saved if "reward" in report.measures]
+    return TrainState(
+        step=step,
+        loss=fmean(report.loss for report in since_saved),
+        reward=fmean(rewards) if rewards else None,
+        cursor=cursor.state,
+    )
+
+
 def _spec(directory: Path) -> DecoderSpec:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{directory / 'config.json'}: is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{directory / 'config.json'}: is not a JSON object")
     return spec_from_config(config)
 
 

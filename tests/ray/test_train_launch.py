@@ -145,9 +145,12 @@ def test_a_killed_worker_costs_at_most_an_interval(session: Session, file: Path,
     assert losses == expected
 
 
-def test_a_run_that_fails_says_why(session: Session, file: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_says_why(
+    session: Session, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(TrainingError, match=r"the run failed: .*training has diverged"):
-        launch(read_train_config(file, ["optimizer.learning_rate=1e30", "restarts=0"]), "pretrain")
+        launch(read_train_config(file, ["optimizer.learning_rate=1e30"]), "pretrain")
+    assert "going on" not in caplog.text, "it would diverge again"
     told = read_progress(tmp_path / "run")
     assert told is not None
     assert read_metrics(tmp_path / "run")[-1] == told, "the steps before it diverged are kept"

@@ -430,8 +430,8 @@ def run_ranks(
 def test_three_ranks_answer_as_one(ranks: Ranks, case: str, scheme: Scheme, outliers: Outliers, tmp_path: Path) -> None:
     """W8A8 to the bit: integers are added before they are scaled, and columns in 16 bits are multiplied as one rank
     does it. The head's columns in 16 bits are torch's product here, which rounds by how many outputs a rank has (101 is
-    no multiple of 16), and so is SiLU where slices are no multiple of 16: its last lanes are rounded otherwise. Of W8A16
-    three float32 terms of a sum come in another order."""
+    no multiple of 16), and so is SiLU where slices are no multiple of 16: its last lanes are rounded otherwise. Of
+    W8A16 three float32 terms of a sum come in another order."""
     save_tiny(tmp_path / "model", case, **SIZES[case])
     out = quantize(tmp_path / "model", tmp_path / "out", scheme, outliers)
     alone = load(out)

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayllm.core.errors import ConfigError, DataError
+from rayllm.train import launch as train_launch
 from rayllm.train.config import (
     BatchConfig,
     CheckpointConfig,
     DataConfig,
+    LayoutConfig,
     ModelConfig,
     OptimizerConfig,
     PpoConfig,
@@ -22,7 +24,7 @@ from rayllm.train.config import (
 from rayllm.train.data.dataset import PackedDataset
 from rayllm.train.data.info import read_info
 from rayllm.train.data.rows import Kind
-from rayllm.train.launch import _alone, launch
+from rayllm.train.launch import _alone, _sized, launch
 from rayllm.train.progress import read_progress
 from rayllm.train.recipes import RECIPES
 from rayllm.train.saved import SavedRun
@@ -141,6 +143,24 @@ def test_what_a_killed_save_left(config: TrainConfig) -> None:
     SavedRun(Path(config.run)).begin(1)
 
 
+def test_a_model_whose_configuration_is_no_object(config: TrainConfig, tiny_model: Path, tmp_path: Path) -> None:
+    start = Path(shutil.copytree(tiny_model, tmp_path / "start"))
+    (start / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"config\.json: is not a JSON object$"):
+        check(replace(config, model=ModelConfig(start=str(start))), RECIPES["pretrain"])
+
+
+def test_a_layout_beyond_the_cluster_waits_and_says_so(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train_launch, "_there_are", {"CPU": 3, "GPU": 1}.__getitem__)
+    fitting, large = (replace(config, layout=LayoutConfig(shard=shard)) for shard in (2, 4))
+    assert _sized(fitting) == fitting
+    assert not caplog.records
+    assert _sized(large) == large
+    assert caplog.messages == [f"{config.run}: waiting for room for 4 workers, of which 3 have it"]
+
+
 def test_progress_that_cannot_be_read(tmp_path: Path) -> None:
     assert read_progress(tmp_path) is None
     (tmp_path / "progress.json").write_bytes(b'{"step": 1, "loss": null')
@@ -154,6 +174,7 @@ def test_progress_that_cannot_be_read(tmp_path: Path) -> None:
         (lambda: OptimizerConfig(learning_rate=1.0, weight_decay=float("inf")), "optimizer.weight_decay: inf is not"),
         (lambda: PpoConfig(kl_coef=float("nan")), "ppo.kl_coef: nan is negative"),
         (lambda: DataConfig(path="x", seed=-1), "data.seed: -1 is negative"),
+        (lambda: ScheduleConfig(steps=9, kind="constant", final=0.1), "schedule.final: constant does not decay"),
     ],
 )
 def test_numbers_that_mean_nothing(make: Callable[[], object], problem: str) -> None:

@@ -99,17 +99,17 @@ def test_damage_is_named(ranks: Ranks, tmp_path: Path) -> None:
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model.safetensors: is not what was written"):
         saved.verify()
-    with pytest.raises(AssertionError, match=r"TrainingError: checkpoint: rank 0: .*model.safetensors"):
+    with pytest.raises(AssertionError, match=r"CheckpointError: .*model.safetensors: is not what was written"):
         train(ranks, tmp_path / "start", tmp_path / "run", LayoutConfig(shard=2))
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors: is missing"):
         saved.verify()
 
 
-def fill(run: SavedRun, step: int, loss: float) -> Saved:
+def fill(run: SavedRun, step: int, loss: float, reward: float | None = None) -> Saved:
     run.begin(step)
     (run.staging(step) / "model.safetensors").write_bytes(os.urandom(1 << 20))
-    return run.publish(TrainState(step=step, loss=loss, cursor={}))
+    return run.publish(TrainState(step=step, loss=loss, reward=reward, cursor={}))
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
@@ -119,6 +119,14 @@ def test_what_is_kept(tmp_path: Path) -> None:
         run.prune(CheckpointConfig(keep_last=2, keep_best=1))
     assert [one.state.step for one in run.all()] == [2, 4, 5]
     assert sorted(path.name for path in run.directory.iterdir()) == [f"step-{step:08d}" for step in (2, 4, 5)]
+
+
+def test_of_rewards_the_highest_is_the_best(tmp_path: Path) -> None:
+    run = SavedRun(tmp_path)
+    for step, (loss, reward) in enumerate([(1.0, 0.1), (3.0, 0.9), (2.0, 0.5)], 1):
+        fill(run, step, loss, reward)
+        run.prune(CheckpointConfig(keep_last=1, keep_best=1))
+    assert [one.state.step for one in run.all()] == [2, 3]
 
 
 def test_a_killed_save_leaves_the_others_whole(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_file_and_settings(file: Path) -> None:
-    config = read_train_config(
-        file, ["optimizer.learning_rate=3e-4", "layout.shard = 4", "data.path=other.parquet", "model.recompute=true"]
-    )
+    settings = ["optimizer.learning_rate=3e-4", "layout.shard = 4", "data.path=other.parquet"]
+    config = read_train_config(file, [*settings, "model.recompute=true", "run=5"])
+    assert config.run == "5"
     assert config.optimizer.learning_rate == 3e-4
     assert (config.layout.data, config.layout.world, config.micro_steps) == (8, 8, 1)
     assert config.data.path == "other.parquet"
@@ -78,6 +78,7 @@ def test_groups_that_a_run_may_have(file: Path) -> None:
         ("schedule.kind=linear", r"schedule.kind: invalid enum value 'linear'; it is one of constant"),
         ("schedule.kind=wsd", r"schedule.decay_steps: wsd needs to know"),
         ("schedule.warmup_steps=101", r"101 warmup and 0 decay steps are more than the 100 steps"),
+        ("ppo.clip_low=1.5", r"ppo.clip_low: 1.5 is more than 1"),
         ("optimizer.beta1=1.0", r"optimizer.beta1: 1.0 is not in \[0, 1\)"),
     ],
 )

@@ -43,8 +43,7 @@ from tests.tiny_models import save_tiny, tiny_config
 from tests.train_ranks import Trained
 from tests.unit.test_train_dpo import answer_logps
 from tests.unit.test_train_dpo import config_of as dpo_config
-from tests.unit.test_train_step import LAYOUTS, STEPS, VOCAB, check_same, document_loss
-from tests.unit.test_train_step import OPTIMIZER
+from tests.unit.test_train_step import LAYOUTS, OPTIMIZER, STEPS, VOCAB, check_same, document_loss
 
 # What peft asks transformers for is called otherwise in transformers' next version.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -126,6 +126,8 @@ def test_rewards_are_beta_times_the_log_ratio_and_have_no_gradient():
     [
         ({"beta": 0.0}, "beta: must be above 0"),
         ({"beta": math.nan}, "beta: must be above 0"),
+        ({"beta": math.inf}, "beta: must be above 0 and finite, not inf"),
+        ({"gamma": math.nan, "variant": DpoVariant.SIMPO}, "gamma: must be finite, not nan"),
         ({"label_smoothing": 0.5}, "label_smoothing: must be"),
         ({"label_smoothing": 0.1, "variant": DpoVariant.HINGE}, "is for sigmoid and robust, not for hinge"),
         ({"gamma": 0.1}, "gamma: is for simpo, not for sigmoid"),

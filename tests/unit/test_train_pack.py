@@ -113,6 +113,21 @@ class TestPack:
             assert tokenizer.decode(answer, skip_special_tokens=False) == CHATS[number][1]["content"] + "</s>"
         assert dataset.info.num_documents == len(CHATS)
 
+    def test_a_long_question_leaves_no_row_in_which_nothing_is_learnt(self, tmp_path, byte_level_directory):
+        question = [{"role": "user", "content": "the cat " * 40}, {"role": "assistant", "content": "a dog"}]
+        file = jsonl(tmp_path / "a.jsonl", [{"messages": question}])
+        dataset = packed([file], tmp_path / "out", byte_level_directory, Kind.CHAT, 40)
+        rows = [dataset.row(sample) for sample in range(len(dataset))]
+        assert all(row.mask.any() for row in rows)
+        info = dataset.info
+        assert info.num_left_out > 1
+        assert info.num_rows == info.num_pieces == (info.num_tokens - 2) // 39 + 1 - info.num_left_out
+        assert info.num_padding == sum(40 - sum(row.document_lengths) for row in rows)
+        [(tokens, mask)] = documents_of(dataset).values()
+        answer = [token for token, wanted in zip(tokens, mask, strict=True) if wanted]
+        assert Tokenizer.load(byte_level_directory).decode(answer, skip_special_tokens=False) == "a dog</s>"
+        assert len(answer) == info.num_targets
+
     def test_pairs(self, tmp_path, byte_level_directory):
         dataset = packed(
             [jsonl(tmp_path / "a.jsonl", PAIRS)], tmp_path / "out", byte_level_directory, Kind.PREFERENCE, 16
@@ -236,6 +251,12 @@ class TestBadFiles:
         )()
         with pytest.raises(DataError, match=f"^{path}.*has no column {kind.columns[0]}"):
             check_source(path, kind)
+
+    def test_two_columns_of_one_name(self, tmp_path):
+        table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=r"a\.parquet: has text more than once; it has text, text$"):
+            check_source(tmp_path / "a.parquet", Kind.TEXT)
 
     @pytest.mark.parametrize(
         ("content", "problem"),
@@ -468,8 +489,8 @@ class TestDataset:
         info.write_text(written.replace('"kind": "text"', '"kind": "other"'))
         with pytest.raises(DataError, match=r"dataset\.json: Invalid enum value 'other'"):
             PackedDataset(tmp_path / "out")
-        info.write_text(written.replace('"format": 1', '"format": 2'))
-        with pytest.raises(DataError, match="format 2; this version reads 1; pack the data again"):
+        info.write_text(written.replace('"format": 2', '"format": 1'))
+        with pytest.raises(DataError, match="format 1; this version reads 2; pack the data again"):
             PackedDataset(tmp_path / "out")
         info.write_text(written)
         with pytest.raises(DataError, match="is missing from the data set"):

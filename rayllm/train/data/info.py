@@ -12,7 +12,7 @@ from rayllm.core.errors import DataError
 from rayllm.train.data.rows import Kind
 
 INFO_NAME = "dataset.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,9 +33,9 @@ class FileInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`num_tokens` counts each token of a document once; `num_targets` those of them that are learnt.
 
-    `num_pieces`: a document that is cut has several. A pair counts as two documents. `num_empty`: texts without a
-    character, left out. `num_dropped`: pairs or prompts longer than `sequence_length`, left out because that was asked
-    for.
+    `num_pieces`: a document that is cut has several. A pair counts as two documents. `num_left_out`: pieces of
+    conversations in which nothing is learnt. `num_empty`: texts without a character, left out. `num_dropped`: pairs or
+    prompts longer than `sequence_length`, left out because that was asked for. `num_padding`: tokens that fill rows up.
     """
 
     format: int = FORMAT
@@ -49,10 +49,12 @@ class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_rows: int
     num_documents: int
     num_pieces: int
+    num_left_out: int
     num_tokens: int
     num_targets: int
     num_empty: int
     num_dropped: int
+    num_padding: int
     sources: tuple[SourceInfo, ...]
     files: tuple[FileInfo, ...]
 
@@ -67,6 +69,10 @@ class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return f"{source.path}, row {document_id - source.first_document} (from 0)"
 
 
+class _Format(msgspec.Struct):
+    format: int = FORMAT
+
+
 def write_info(directory: Path, info: DatasetInfo) -> None:
     (directory / INFO_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
 
@@ -75,13 +81,14 @@ def read_info(directory: Path) -> DatasetInfo:
     """DataError if the folder holds no packed data set, or one of another format."""
     path = directory / INFO_NAME
     try:
-        info = msgspec.json.decode(path.read_bytes(), type=DatasetInfo)
+        content = path.read_bytes()
+        found = msgspec.json.decode(content, type=_Format).format
+        if found != FORMAT:
+            raise DataError(f"{path}: format {found}; this version reads {FORMAT}; pack the data again")
+        return msgspec.json.decode(content, type=DatasetInfo)
     except OSError as error:
         raise DataError(
             f"{directory}: holds no packed data set ({INFO_NAME}: {error.strerror}); make one with `rayllm data pack`"
         ) from None
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DataError(f"{path}: {error}") from None
-    if info.format != FORMAT:
-        raise DataError(f"{path}: format {info.format}; this version reads {FORMAT}; pack the data again")
-    return info

@@ -5,7 +5,8 @@ goes on in the next one. `BestFitPacker`, for conversations: none that fits into
 is learnt after all of its question, and rows end in padding.
 
 A document that goes on in another row begins there with the last token of the part before, not to be learnt again: so
-each token is learnt exactly once, from the one before it. Nothing is dropped. Knows no files and no tokenizer.
+each token is learnt exactly once, from the one before it. Nothing is dropped but the pieces of a conversation in which
+nothing is learnt, such as a long question: no answer would see them. Knows no files and no tokenizer.
 """
 
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ class PackedRow:
 
 
 class Packer(Protocol):
+    num_left_out: int  # pieces
+
     def add(self, document_id: int, document: Document) -> Iterator[PackedRow]:
         """The rows that are complete now."""
 
@@ -42,6 +45,8 @@ class Packer(Protocol):
 
 
 class ConcatPacker:
+    num_left_out = 0
+
     def __init__(self, sequence_length: int, *, pad_token_id: int) -> None:
         self._length = sequence_length
         self._pad_token_id = pad_token_id
@@ -72,15 +77,19 @@ class BestFitPacker:
         self._length = sequence_length
         self._pad_token_id = pad_token_id
         self._max_open = max_open
+        self.num_left_out = 0
         self._open: list[_OpenRow] = []
 
     def add(self, document_id: int, document: Document) -> Iterator[PackedRow]:
         offset = 0
         while len(document.tokens) - offset > self._length:
-            row = _OpenRow()
-            row.append(document_id, document, offset, offset + self._length)
-            yield row.close(self._length, self._pad_token_id)
+            if self._teaches(document, offset, offset + self._length):
+                row = _OpenRow()
+                row.append(document_id, document, offset, offset + self._length)
+                yield row.close(self._length, self._pad_token_id)
             offset += self._length - 1
+        if not self._teaches(document, offset, len(document.tokens)):
+            return
         size = len(document.tokens) - offset
         fitting = [row for row in self._open if row.length + size <= self._length]
         if fitting:
@@ -97,6 +106,11 @@ class BestFitPacker:
     def finish(self) -> Iterator[PackedRow]:
         while self._open:
             yield self._close(self._open[0])
+
+    def _teaches(self, document: Document, first: int, last: int) -> bool:
+        teaches = bool(document.mask[first + 1 : last].any())
+        self.num_left_out += not teaches
+        return teaches
 
     def _close(self, row: "_OpenRow") -> PackedRow:
         self._open.remove(row)

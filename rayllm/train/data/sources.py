@@ -109,9 +109,11 @@ def _chunks(path: Path, kind: Kind) -> Iterator[Chunk]:
     else:
         file = open_parquet(path)
         with readable(path):
-            missing = [column for column in kind.columns if column not in column_names(file)]
-            if missing:
-                raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(column_names(file))}")
+            names = column_names(file)
+            if missing := [column for column in kind.columns if column not in names]:
+                raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}")
+            if twice := [column for column in kind.columns if names.count(column) > 1]:
+                raise DataError(f"{path}: has {', '.join(twice)} more than once; it has {', '.join(names)}")
             first_row = 0
             for group in range(file.num_row_groups):
                 yield Chunk(path=str(path), start=group, stop=group + 1, first_row=first_row)

@@ -31,17 +31,19 @@ class _Counts:
     num_rows: int = 0
     num_documents: int = 0
     num_pieces: int = 0
+    num_left_out: int = 0
     num_tokens: int = 0
     num_targets: int = 0
     num_empty: int = 0
     num_dropped: int = 0
+    num_padding: int = 0
 
 
 class PackedWriting:
     """Texts and conversations."""
 
     def __init__(self, directory: Path, packer: Packer, *, sequence_length: int) -> None:
-        self._packer = packer
+        self._packer, self._sequence_length = packer, sequence_length
         self._schema = packed_schema(sequence_length)
         self._writer = ShardWriter(directory, self._schema, row_tokens=sequence_length)
         self._counts = _Counts()
@@ -61,12 +63,14 @@ class PackedWriting:
     def finish(self) -> dict[str, Any]:
         self._take(self._packer.finish())
         self._write()
+        self._counts.num_left_out = self._packer.num_left_out
         return {**asdict(self._counts), "files": self._writer.close()}
 
     def _take(self, rows: Iterable[PackedRow]) -> None:
         for row in rows:
             self._counts.num_rows += 1
             self._counts.num_pieces += len(row.document_ids)
+            self._counts.num_padding += self._sequence_length - sum(row.document_lengths)
             self._waiting.append(row)
             if len(self._waiting) == self._writer.group_rows:
                 self._write()

@@ -4,6 +4,7 @@ Knows no model and no data. pi: the policy, ref: the reference; c: the chosen an
 answer's tokens; h = (log pi(c) - log ref(c)) - (log pi(r) - log ref(r)); |y|: an answer's tokens; s: the sigmoid.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -67,12 +68,14 @@ class DpoLoss:
     gamma: float = 0.0  # SimPO's target margin
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ConfigError(f"beta: must be above 0, not {self.beta}")
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"beta: must be above 0 and finite, not {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing: must be at least 0 and below 0.5, not {self.label_smoothing}")
         if self.label_smoothing and self.variant not in (DpoVariant.SIGMOID, DpoVariant.ROBUST):
             raise ConfigError(f"label_smoothing: is for sigmoid and robust, not for {self.variant.value}")
+        if not math.isfinite(self.gamma):
+            raise ConfigError(f"gamma: must be finite, not {self.gamma}")
         if self.gamma and self.variant is not DpoVariant.SIMPO:
             raise ConfigError(f"gamma: is for simpo, not for {self.variant.value}")
 
