@@ -1,6 +1,7 @@
 """Tiny models, made by transformers with random weights, that every test may share."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ CHAT_TEMPLATE = (
 def pytest_configure() -> None:
     # A script's background job ignores SIGINT, and so would the processes that tests start in order to interrupt them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tests start Ray while gRPC of the test before is at work still; see `Session.start`.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

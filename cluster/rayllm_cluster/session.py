@@ -34,6 +34,9 @@ class Session:
         if address is None:
             # Ray reads it when it is first imported; said here, Ray need not choose, and warn of its choice.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Ray's processes are forked, to become other programs at once. Where gRPC's threads are at work its
+            # handlers abort some of them before they do; it looks here when it is first used.
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         import ray
 
         if ray.is_initialized():
@@ -46,10 +49,11 @@ class Session:
             else:
                 with _signals_held(), _sigterm_left_to_python():
                     _start_local(num_cpus)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises that too, as it is
             ray.shutdown()
             where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
-            raise SessionError(f"{where}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines() or [type(error).__name__]
+            raise SessionError(f"{where}: {reason[0]}") from error
         except BaseException:
             ray.shutdown(wait_for_processes=True)
             raise

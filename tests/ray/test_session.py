@@ -138,3 +138,12 @@ def test_an_address_where_nothing_is() -> None:
     with pytest.raises(SessionError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:1: .*refused"):
         Session.start(address="127.0.0.1:1")
     assert not ray.is_initialized()
+
+
+def test_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(*args: object, **settings: object) -> None:
+        raise Exception("The current node timed out during startup. This could")
+
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(SessionError, match="cannot start Ray on this machine: The current node timed out during"):
+        Session.start()
