@@ -23,7 +23,7 @@ from tests.e2e.endpoint import Endpoint, start
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PLACES = 8
-WAITING = 4  # who is taken last waits for half of an answer's time
+WAITING = 2  # who is taken last waits for a quarter of an answer's time
 MAX_TOKENS = 200
 BEFORE_S, BURST_S, TIMES = 8.0, 30.0, 10
 MOST_GROWTH_BYTES = 32 << 20
