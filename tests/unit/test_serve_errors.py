@@ -30,6 +30,7 @@ INTERNAL = [
     errors.ConfigError("/root/secret"),
     errors.DataError("/root/secret"),
     errors.TrainingError("/root/secret"),
+    errors.DivergedError("/root/secret"),
     OSError(2, "/root/secret"),
 ]
 
