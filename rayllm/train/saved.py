@@ -42,8 +42,8 @@ class TrainState:
     cursor: Mapping[str, Any]
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """The lowest is the best: by reward where there is one, for the loss of a policy gradient says nothing."""
+    def best_first(self) -> tuple[float, int]:
+        """To sort by: by reward where there is one, for the loss of a policy gradient says nothing."""
         return (self.loss if self.reward is None else -self.reward, -self.step)
 
 
@@ -117,7 +117,7 @@ class SavedRun:
 
     def prune(self, config: CheckpointConfig) -> None:
         saved = self.all()
-        ranked = sorted(saved, key=lambda one: one.state.rank) if config.keep_best else []
+        ranked = sorted(saved, key=lambda one: one.state.best_first) if config.keep_best else []
         kept = {*saved[-config.keep_last :], *ranked[: config.keep_best]}
         for one in saved:
             if one not in kept:

@@ -5,10 +5,9 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
 import msgspec
 import torch
@@ -62,6 +61,25 @@ class Recipe:
     heads: Heads = Heads.VOCABULARY
     check: Check = lambda config, directory, dataset: None
     feed: Callable[[Setup], Feed] = packed_feed
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Since the last checkpoint; the next one tells the means. All steps of a run have a reward, or none has."""
+
+    steps: int = 0
+    loss: float = 0.0
+    reward: float | None = None
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        self.loss += report.loss
+        if (reward := report.measures.get("reward")) is not None:
+            self.reward = (self.reward or 0.0) + reward
+
+    def state(self, step: int, cursor: Cursor) -> TrainState:
+        reward = None if self.reward is None else self.reward / self.steps
+        return TrainState(step=step, loss=self.loss / self.steps, reward=reward, cursor=cursor.state)
 
 
 def check(config: TrainConfig, recipe: Recipe) -> None:
@@ -136,7 +154,7 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
         writer = ProgressWriter(run, done)
     peak = world_peak(device, DTYPES[config.model.compute_dtype])
     evaluation = Evaluation(config, directory, trainee, mesh)
-    since_saved: list[StepReport] = []
+    sums = _Sums()
     try:
         if done == 0 and evaluation.is_due(0):
             unmoved = replace(_NO_STEP, measures=evaluation(0))
@@ -150,15 +168,15 @@ def train(config: TrainConfig, recipe: Recipe, device: torch.device) -> None:
             seconds = time.monotonic() - started
             evaluated = evaluation(done) if evaluation.is_due(done) else {}
             report = replace(report, measures={**work.measures, **report.measures, **evaluated})
-            since_saved.append(report)
+            sums.add(report)
             if writer is not None:
                 writer.add(_progress(config, done, report, seconds, device, peak))
             every = config.checkpoint.every_steps
             if done == config.schedule.steps or (every and done % every == 0):
                 if writer is not None:
                     writer.flush()  # what a checkpoint comes after is not to be lost with what comes after it
-                checkpointer.save(_state(done, since_saved, cursor))
-                since_saved.clear()
+                checkpointer.save(sums.state(done, cursor))
+                sums = _Sums()
     finally:
         if writer is not None:
             writer.close()  # the last steps of a run that diverges are those that tell why
@@ -176,16 +194,6 @@ def _origin(config: TrainConfig, recipe: Recipe, directory: Path, dataset: Packe
         "data_seed": config.data.seed,
         "lora": {**msgspec.to_builtins(lora), "targets": [*lora.targets]} if lora.rank else None,
     }
-
-
-def _state(step: int, since_saved: Sequence[StepReport], cursor: Cursor) -> TrainState:
-    rewards = [report.measures["reward"] for report in since_saved if "reward" in report.measures]
-    return TrainState(
-        step=step,
-        loss=fmean(report.loss for report in since_saved),
-        reward=fmean(rewards) if rewards else None,
-        cursor=cursor.state,
-    )
 
 
 def _spec(directory: Path) -> DecoderSpec:

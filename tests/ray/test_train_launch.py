@@ -213,11 +213,12 @@ def cat_and_dog(folder: Path, tokenizer: Path) -> list[str]:
 
 
 def test_ctrl_c_ends_a_run_that_goes_on_when_it_is_started_again(file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", str(file), "--set=schedule.steps=%d"]
-    command[-1] %= 1_000_000
+    command = [sys.executable, "-m", "rayllm", "train", "pretrain", "--config", str(file)]
     # A shell starts what it puts in the background with SIGINT ignored
     running = subprocess.Popen(
-        command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        [*command, "--set=schedule.steps=1000000"],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         saved = SavedRun(tmp_path / "run")
@@ -232,8 +233,8 @@ def test_ctrl_c_ends_a_run_that_goes_on_when_it_is_started_again(file: Path, tmp
     done = saved.latest()
     assert done is not None
     done.verify()
-    command[-1] = f"--set=schedule.steps={done.state.step + 1}"
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    one_more = f"--set=schedule.steps={done.state.step + 1}"
+    again = subprocess.run([*command, one_more], capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert saved.latest().state.step == done.state.step + 1
 

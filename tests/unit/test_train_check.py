@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +26,7 @@ from rayllm.train.data.dataset import PackedDataset
 from rayllm.train.data.info import read_info
 from rayllm.train.data.rows import Kind
 from rayllm.train.launch import _alone, _sized, launch
-from rayllm.train.progress import read_progress
+from rayllm.train.progress import read_metrics, read_progress
 from rayllm.train.recipes import RECIPES
 from rayllm.train.saved import SavedRun
 from rayllm.train.trainer import check
@@ -56,11 +57,16 @@ def config(tmp_path: Path, tiny_model: Path, data: Path) -> TrainConfig:
 
 
 @pytest.fixture
-def trained(config: TrainConfig) -> Iterator[TrainConfig]:
+def ranks() -> Iterator[Ranks]:
     ranks = Ranks(1)
-    ranks.run(1, train_ranks.run_recipe, "pretrain", config)
-    yield config
+    yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def trained(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    ranks.run(1, train_ranks.run_recipe, "pretrain", config)
+    return config
 
 
 def copied(data: Path, to: Path) -> Path:
@@ -111,6 +117,17 @@ def test_a_run_goes_on_as_it_began(trained: TrainConfig, data: Path, tiny_model:
             check(changed, RECIPES["pretrain"])
     with pytest.raises(ConfigError, match=r"schedule.steps: 1, but .* is at step 2"):
         check(replace(trained, schedule=replace(trained.schedule, steps=1)), RECIPES["pretrain"])
+
+
+def test_a_checkpoint_tells_the_mean_of_the_steps_since_the_one_before(config: TrainConfig, ranks: Ranks) -> None:
+    schedule = replace(config.schedule, steps=5)
+    config = replace(config, schedule=schedule, checkpoint=CheckpointConfig(every_steps=3))
+    ranks.run(1, train_ranks.run_recipe, "pretrain", config)
+    run = Path(config.run)
+    losses = [row.loss for row in read_metrics(run)]
+    states = [saved.state for saved in SavedRun(run).all()]
+    assert [state.loss for state in states] == pytest.approx([fmean(losses[:3]), fmean(losses[3:])])
+    assert {state.reward for state in states} == {None}
 
 
 def test_a_recipe_does_not_go_on_as_another(trained: TrainConfig, tiny_model: Path, tmp_path: Path) -> None:
