@@ -373,6 +373,9 @@ def test_it_learns(ranks: Ranks, make: Make, tmp_path: Path) -> None:
     rewards = [row.measures["reward"] for row in metrics[:: MINIBATCHES * EPOCHS]]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.5
     assert metrics[-1].measures["kl"] > 0.1
+    saved = SavedRun(Path(config.run)).latest()
+    assert saved is not None
+    assert saved.state.reward == pytest.approx(np.mean(rewards)), "of all steps, what checkpoints are ranked by"
 
 
 def test_bfloat16(ranks: Ranks, make: Make, start: Path, tmp_path: Path) -> None:
