@@ -13,7 +13,8 @@ import pytest
 
 from tests.chaos.conftest import Row
 from tests.chaos.streams import over_grpc, over_http
-from tests.e2e.endpoint import Endpoint, free_ports
+from tests.e2e.endpoint import Endpoint
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -4,7 +4,6 @@ Exits 0 only if both answers name Paris and have the same tokens, and the server
 """
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import openai
 
 from rayllm.client import Client
 from rayllm.core.types import SamplingParams
+from tests.ports import free_ports
 
 MODEL = "smollm2-135m"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -86,18 +86,6 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
             pass  # not listening yet
         time.sleep(0.5)
     sys.exit(fail("the server did not start"))
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listened on a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("localhost", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def fail(reason: str) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import httpx
 
 from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.proto.v1.inference_pb2_grpc import InferenceStub
+from tests.ports import free_ports
 from tests.ray.faults import shard_pids
 from tests.ray.processes import descendants
 
@@ -114,16 +114,6 @@ class Endpoint:
         while (load := self.load()).running or load.waiting or load.free_blocks != load.total_blocks:
             assert time.monotonic() < give_up, load
             time.sleep(0.005)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def start(

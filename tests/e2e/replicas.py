@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import httpx
 
-from tests.e2e.endpoint import free_ports
+from tests.ports import free_ports
 
 SCRIPT = """
 import contextlib

@@ -30,7 +30,8 @@ from rayllm.proto.v1 import inference_pb2 as pb
 from rayllm.serve.config import ServeConfig
 from rayllm.serve.local import serve_local
 from tests.e2e.bad_input import BAD, MODEL, grpc_request, http_body
-from tests.e2e.endpoint import SCRIPT, Endpoint, free_ports, processes, start
+from tests.e2e.endpoint import SCRIPT, Endpoint, processes, start
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.ray
 

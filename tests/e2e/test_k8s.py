@@ -18,8 +18,8 @@ from rayllm.cli.config_file import read_config, serve_config
 from rayllm.core.errors import ConfigError
 from rayllm.serve.config import ServeConfig
 from tests import kuberay_schemas
-from tests.e2e.endpoint import free_ports
 from tests.e2e.replicas import ask
+from tests.ports import free_ports
 
 K8S = Path(__file__).parents[2] / "k8s"
 KUSTOMIZATIONS = ("base", "overlays/cpu-demo")

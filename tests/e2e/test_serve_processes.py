@@ -14,7 +14,7 @@ import pytest
 from rayllm.core.config import CacheConfig
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
-from tests.e2e.endpoint import free_ports
+from tests.ports import free_ports
 from tests.ray.processes import descendants, wait_gone
 
 pytestmark = pytest.mark.ray

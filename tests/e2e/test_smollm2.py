@@ -16,7 +16,8 @@ from rayllm.core.config import CacheConfig, SchedulerConfig
 from rayllm.core.types import SamplingParams
 from rayllm.engine.llm import LLM
 from rayllm.models.hub import resolve_model
-from tests.e2e.demo import MODEL, free_ports, server
+from tests.e2e.demo import MODEL, server
+from tests.ports import free_ports
 
 TEXTS = [
     "The capital of France is",

@@ -19,7 +19,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from rayllm.serve.haproxy import mend
 from rayllm.serve.local import _haproxy
-from tests.e2e.endpoint import free_ports
+from tests.ports import free_ports
 
 
 def test_nothing_is_not_found_and_nothing_is_500(tmp_path: Path) -> None:
