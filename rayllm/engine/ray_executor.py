@@ -1,6 +1,7 @@
 """The executor over a group of shards. It knows the commands and what a lost shard means to a user; frames and actors
 are `rayllm_cluster`'s."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ from rayllm_cluster.session import Session
 from rayllm_cluster.shard_group import GroupOptions, ShardGroup
 
 STEP_TIMEOUT_S = 120.0
+
+# One thread decodes a model of half a million in 0.68 ms a step and two do in 0.64; of five million in 2.4 and 1.8.
+_PARAMETERS_PER_THREAD = 1 << 19
 
 _SHARD_FACTORY = "rayllm.engine.shard:create_handler"
 _decode_answer: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
@@ -147,7 +151,7 @@ def start_ray(prepared: Prepared) -> tuple[RayExecutor, int]:
             shard = msgspec.structs.replace(
                 prepared.shard, engine=replace(config, model=replace(config.model, device=device))
             )
-            options = GroupOptions(backend="nccl" if device == "cuda" else "gloo", threads=_threads_per_shard(config))
+            options = GroupOptions(backend="nccl" if device == "cuda" else "gloo", threads=_threads_per_shard(prepared))
             group = stack.enter_context(
                 ShardGroup(_SHARD_FACTORY, _encode(shard), replica_placement(shard.engine), options)
             )
@@ -172,12 +176,19 @@ def resolve_cluster_device(config: EngineConfig) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= config.parallel.world_size else "cpu"
 
 
-def _threads_per_shard(config: EngineConfig) -> int:
+def _threads_per_shard(prepared: Prepared) -> int:
     """A share of this node's cores, counted as Ray does where that is fewer: it knows the limit of a container."""
     cores = len(os.sched_getaffinity(0))
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", cores) for node in ray.nodes() if node["NodeID"] == node_id)
-    return max(1, min(cores, int(logical)) // config.parallel.world_size)
+    checkpoint = prepared.checkpoint
+    parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.parameters)
+    return _useful_threads(parameters, min(cores, int(logical))) // prepared.config.parallel.world_size or 1
+
+
+def _useful_threads(parameters: int, cores: int) -> int:
+    """More would take cores from the rest of the endpoint to wait for the ends of kernels."""
+    return min(cores, parameters // _PARAMETERS_PER_THREAD)
 
 
 def _encode(message: Command | ShardConfig) -> bytes:
