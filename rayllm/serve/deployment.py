@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 import ray
@@ -53,7 +54,8 @@ class InferenceReplica(InferenceServicer):
         replica, store = context.replica_id.unique_id, WeightStore(endpoint.name, context)
         self._config = config
         prepared = await asyncio.to_thread(_prepare, config, store)
-        self._engine = await asyncio.to_thread(lambda: AsyncEngine(build_engine(prepared, start_ray)))
+        start = partial(start_ray, replicas=config.most_replicas)
+        self._engine = await asyncio.to_thread(lambda: AsyncEngine(build_engine(prepared, start)))
         self._routed = self._among_peers(endpoint, context) if config.is_routed else None
         service = InferenceService(
             self._routed or self._engine,
