@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 
 from rayllm.models.hub import resolve_model
@@ -18,12 +19,12 @@ from tests.ray.processes import processor_seconds
 SETTLE_S = 20.0
 
 
-def cpu_seconds(mark: str) -> Counter[tuple[int, str]]:
-    """Of each process of the endpoint, by its id and program."""
-    seconds: Counter[tuple[int, str]] = Counter()
-    for pid, command in marked(mark).items():
+def cpu_seconds(pids: Iterable[int]) -> Counter[int]:
+    """Of each process."""
+    seconds: Counter[int] = Counter()
+    for pid in pids:
         with suppress(OSError):  # it has ended
-            seconds[pid, command[:60]] = processor_seconds(pid)
+            seconds[pid] = processor_seconds(pid)
     return seconds
 
 
@@ -35,14 +36,17 @@ def main() -> None:
     endpoint = start(resolve_model(arguments.model), replicas=2)
     try:
         time.sleep(SETTLE_S)
-        before, started = cpu_seconds(endpoint.mark), time.monotonic()
+        before, started = cpu_seconds(marked(endpoint.mark)), time.monotonic()
         time.sleep(arguments.seconds)
-        after, elapsed = cpu_seconds(endpoint.mark), time.monotonic() - started
+        programs = marked(endpoint.mark)
+        after, elapsed = cpu_seconds(programs), time.monotonic() - started
     finally:
         endpoint.stop()
     shares: Counter[str] = Counter()
-    for (pid, program), seconds in after.items():
-        shares[program] += (seconds - before[pid, program]) / elapsed
+    for pid, seconds in after.items():
+        # An actor's process tells the method that it runs or ran, which changes: "ray::Actor.method".
+        program = programs[pid][:60].partition(".")[0] if programs[pid].startswith("ray::") else programs[pid][:60]
+        shares[program.strip()] += (seconds - before[pid]) / elapsed
     largest = {program: share for program, share in shares.most_common() if share > 1e-3}
     print(json.dumps({"settings": vars(arguments), "share_of_a_core": shares.total(), "largest": largest}, indent=1))
 
