@@ -45,8 +45,8 @@ def main() -> None:
     shares: Counter[str] = Counter()
     for pid, seconds in after.items():
         # An actor's process tells the method that it runs or ran, which changes: "ray::Actor.method".
-        program = programs[pid][:60].partition(".")[0] if programs[pid].startswith("ray::") else programs[pid][:60]
-        shares[program.strip()] += (seconds - before[pid]) / elapsed
+        program = programs[pid].partition(".")[0] if programs[pid].startswith("ray::") else programs[pid]
+        shares[program[:60].strip()] += (seconds - before[pid]) / elapsed
     largest = {program: share for program, share in shares.most_common() if share > 1e-3}
     print(json.dumps({"settings": vars(arguments), "share_of_a_core": shares.total(), "largest": largest}, indent=1))
 

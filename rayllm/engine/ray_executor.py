@@ -34,7 +34,7 @@ from rayllm_cluster.shard_group import GroupOptions, ShardGroup
 
 STEP_TIMEOUT_S = 120.0
 
-# One thread decodes a model of half a million in 0.68 ms a step and two do in 0.64; of five million in 2.4 and 1.8.
+# Two threads on two cores shorten a step of 8 rows by 6 % with 0.2 million parameters, 18 with 0.9 and 25 with 6.
 _PARAMETERS_PER_THREAD = 1 << 19
 
 _SHARD_FACTORY = "rayllm.engine.shard:create_handler"

@@ -4,7 +4,7 @@
     python -m tests.chaos.load URL ADDRESS rate R SECONDS       R requests a second, whatever becomes of them
 
 Prints a JSON object: the seconds of each request that was answered and of each that was refused, and for how long
-requests were sent.
+clients asked: to their last answer, or at a rate to the last request.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ MAX_TOKENS = 200
 
 @dataclass
 class Seen:
-    """What clients saw; seconds."""
+    """How long each answer and each refusal took, and `seconds` for which clients asked."""
 
     answered_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
-    sent_for_s: float = 0.0
+    seconds: float = 0.0
 
     @property
     def count(self) -> int:
@@ -79,11 +79,12 @@ class Clients:
 
     async def one_after_another(self, count: int, seconds: float) -> None:
         async def client(number: int) -> None:
-            while time.monotonic() < end:
+            while time.monotonic() - began < seconds:
                 await self.ask(number)
 
-        end = time.monotonic() + seconds
+        began = time.monotonic()
         await asyncio.gather(*(client(number) for number in range(count)))
+        self.seen.seconds = time.monotonic() - began
 
     async def at_a_rate(self, rate: float, seconds: float) -> None:
         """`rate`: requests a second."""
@@ -91,7 +92,7 @@ class Clients:
         for number in range(round(rate * seconds)):
             await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
             asked.append(asyncio.create_task(self.ask(number)))
-        self.seen.sent_for_s = time.monotonic() - began
+        self.seen.seconds = time.monotonic() - began
         await asyncio.gather(*asked)
 
 

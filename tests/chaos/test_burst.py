@@ -18,7 +18,7 @@ from tests.e2e.endpoint import Endpoint, start
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PLACES = 8
-WAITING = 4  # who is taken last waits for half an answer's time
+WAITING = 4  # who is taken last waits for half of an answer's time
 BEFORE_S, BURST_S, TIMES = 8.0, 30.0, 10
 MOST_GROWTH_BYTES = 32 << 20
 
@@ -53,7 +53,7 @@ async def test_ten_times_the_load(endpoint: Endpoint, report: list[Row]) -> None
     faces = (url, endpoint.grpc_address)
     before = Seen(**await said_by("tests.chaos.load", *faces, "clients", PLACES, BEFORE_S))
     assert not before.refused_s
-    rate = TIMES * len(before.answered_s) / BEFORE_S
+    rate = TIMES * len(before.answered_s) / before.seconds
     sizes = resident_bytes(endpoint)
 
     told, seen_beside = await asyncio.gather(
@@ -69,7 +69,7 @@ async def test_ten_times_the_load(endpoint: Endpoint, report: list[Row]) -> None
     endpoint.settled()
     report.append(
         Row(
-            fault=f"{burst.count / burst.sent_for_s / rate * TIMES:.1f} times the load for {burst.sent_for_s:.0f} s",
+            fault=f"{burst.count / burst.seconds / rate * TIMES:.1f} times the load for {burst.seconds:.0f} s",
             detection_s=seen_beside,
             recovery_s=[],
             leaks=[],

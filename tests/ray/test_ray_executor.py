@@ -15,7 +15,7 @@ from rayllm.core.errors import CheckpointError, ConfigError, EngineUnavailableEr
 from rayllm.core.types import Request, SamplingParams
 from rayllm.engine.build import build_engine, prepare, start_local
 from rayllm.engine.engine import Engine
-from rayllm.engine.ray_executor import replica_placement, start_ray
+from rayllm.engine.ray_executor import _threads_per_shard, replica_placement, start_ray
 from rayllm_cluster.session import Session
 from tests.ray.processes import descendants, wait_gone
 
@@ -123,6 +123,15 @@ def test_a_cluster_that_has_no_gpu(session: Session, model: Path) -> None:
     config = replace(config_of(model, 3, 1), model=ModelConfig(model=str(model), device="cuda"))
     with pytest.raises(ConfigError, match=r"the shards need 3 CPU, 3 GPU on one node; the cluster has \d+ CPU, 0 GPU"):
         start_ray(prepare(config))
+
+
+def test_replicas_share_the_cores_of_their_node(session: Session, make_tiny_model: Callable[..., Path]) -> None:
+    prepared = prepare(config_of(make_tiny_model(hidden_size=240, intermediate_size=2000), 1, 1))
+    logical = int(ray.cluster_resources()["CPU"])
+    cores = min(len(os.sched_getaffinity(0)), logical)
+    assert _threads_per_shard(prepared, 1) == cores
+    assert _threads_per_shard(prepared, 2) == max(1, cores // 2)
+    assert _threads_per_shard(prepared, 100) == max(1, cores // (logical // 2)), "more have no room"
 
 
 def test_a_replica_asks_for_itself_and_its_shards(session: Session, model: Path) -> None:
